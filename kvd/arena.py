@@ -1,0 +1,148 @@
+"""Arena: one sealed memfd of shared memory, made by the daemon and mapped by every local client.
+
+The seals fix its size, so that no side can shrink it under the other (SIGBUS). The daemon touches
+every page before it says ready: a first touch costs a hundred times the copy, and whoever touches
+first pays in its memory cgroup.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvd.errors import ConfigError, Unavailable
+
+HugePages = Literal["auto", "never", "require"]
+
+HUGE_PAGE_SIZE = 2 << 20
+
+# Populated in steps, so that progress can be shown and a signal is answered.
+POPULATE_STEP_SIZE = 256 << 20
+
+# linux/mman.h since 5.14; Python has no name for them.
+_MADV_POPULATE_WRITE = 23
+_MADV_DONTFORK = 10
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Arena:
+    """`size` bytes of shared memory behind `fd`, mapped into this process.
+
+    `bytes` is the whole of it as `uint8 [size]`. A view keeps the mapping alive after `close`,
+    which only lets go of the descriptor: bytes never vanish under a reader.
+    """
+
+    def __init__(self, fd: int, size: int, *, huge_pages: bool) -> None:
+        self.fd = fd
+        self.size = size
+        self.huge_pages = huge_pages
+        self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        # A forked child must not hold the arena: the daemon would take its parent's death for the
+        # end of all writing.
+        self._map.madvise(_MADV_DONTFORK)
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        self._populated = bytearray(-(-size // HUGE_PAGE_SIZE))
+
+    @classmethod
+    def create(cls, size: int, *, huge_pages: HugePages = "auto") -> Arena:
+        """A new arena of `size` bytes, mode 0600, sealed; its pages are not there before
+        `populate`.
+        """
+        size = -(-size // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE
+        use_huge = huge_pages != "never" and huge_pages_free() * HUGE_PAGE_SIZE >= size
+        if huge_pages == "require" and not use_huge:
+            raise ConfigError(
+                f"huge pages are required: {size // HUGE_PAGE_SIZE} of 2 MiB wanted, "
+                f"{huge_pages_free()} free; reserve them with "
+                f"`sysctl vm.nr_hugepages={size // HUGE_PAGE_SIZE}` or start with --huge-pages auto"
+            )
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if use_huge else 0)
+        fd = os.memfd_create("kvd-arena", flags)
+        try:
+            os.ftruncate(fd, size)
+            os.fchmod(fd, 0o600)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return cls(fd, size, huge_pages=use_huge)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int) -> Arena:
+        """The arena that another process made; takes `fd` over. One that could shrink under us is
+        refused.
+        """
+        try:
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise Unavailable("the daemon's arena is not sealed against shrinking")
+            status = os.fstat(fd)
+            return cls(fd, status.st_size, huge_pages=status.st_blksize >= HUGE_PAGE_SIZE)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def view(self, offset: int, size: int) -> NDArray[np.uint8]:
+        """`uint8 [size]` at `offset`, without a copy. Raises `Unavailable` beyond the end: the peer
+        lied.
+        """
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise Unavailable(f"extent {offset}+{size} is outside the arena of {self.size} bytes")
+        return self.bytes[offset : offset + size]
+
+    def populate(self, progress: Callable[[int], None] | None = None) -> None:
+        """Give every page its memory, in steps; `progress` hears the bytes done so far."""
+        for start in range(0, self.size, POPULATE_STEP_SIZE):
+            end = min(start + POPULATE_STEP_SIZE, self.size)
+            self._touch(start, end)
+            if progress:
+                progress(end)
+
+    def map_in(self, offset: int, size: int) -> None:
+        """Fill this process's page table for the range, once: a bulk call is far cheaper than a
+        fault a page.
+        """
+        first, last = offset // HUGE_PAGE_SIZE, -(-(offset + size) // HUGE_PAGE_SIZE)
+        missing = self._populated.find(0, first, last)
+        if missing < 0:
+            return
+        self._touch(missing * HUGE_PAGE_SIZE, min(last * HUGE_PAGE_SIZE, self.size))
+
+    def _touch(self, start: int, end: int) -> None:
+        try:
+            self._map.madvise(_MADV_POPULATE_WRITE, start, end - start)
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise ConfigError(
+                    f"no memory left for the arena at {start} of {self.size} bytes"
+                ) from error
+            if error.errno != errno.EINVAL:
+                raise
+            # Before Linux 5.14: add nothing to one byte a page, which faults it in and keeps what
+            # is there.
+            self.bytes[start : end : mmap.PAGESIZE] |= 0
+        first, last = start // HUGE_PAGE_SIZE, -(-end // HUGE_PAGE_SIZE)
+        self._populated[first:last] = b"\x01" * (last - first)
+
+    def close(self) -> None:
+        """Let go of the descriptor; views stay valid, and the memory goes with the last of them."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def huge_pages_free() -> int:
+    """How many 2 MiB pages the kernel holds ready; 0 where it has none or does not say."""
+    try:
+        path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0

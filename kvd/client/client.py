@@ -1,0 +1,360 @@
+"""Client: store and load chunks through a daemon. Thread-safe.
+
+Every call takes `timeout_s`. When the daemon is away a call fails at once with `Unavailable` and a
+later one attaches anew: an engine computes in the meantime, it never waits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from kvd.client.connection import Connection, LocalConnection
+from kvd.client.lease import Lease, Reservation
+from kvd.errors import InvalidRequest, Unavailable
+from kvd.keys import ChunkKey, chain_keys, join_keys
+from kvd.layout import KVLayout
+from kvd.proto import kvd_pb2 as pb
+from kvd.proto.address import default_socket
+from kvd.proto.convert import layout_to_message
+from kvd.proto.limits import KEYS_MAX
+
+TIMEOUT_S_DEFAULT = 5.0
+LEASE_S_DEFAULT = 30.0
+
+# After a failed attach, calls fail at once for this long instead of trying again.
+RETRY_EVERY_S = 0.2
+
+
+def connect(
+    address: str | Path | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S_DEFAULT,
+    name: str = "",
+    verify: bool = False,
+    tls_ca: str | Path | None = None,
+    tls_cert: str | Path | None = None,
+    tls_key: str | Path | None = None,
+) -> Client:
+    """Attach to the daemon at `address`: a socket path (default: `KVD_SOCKET` or the daemon's own
+    default), or `grpc://host:port`, `grpcs://host:port` (TLS) or `grpc+unix:///path` for clients
+    without shared memory.
+
+    `timeout_s` is each call's deadline unless it names its own. With `verify`, chunks are stored
+    with a checksum and checked after each load. Raises `Unavailable`, `AccessDenied` or
+    `DeadlineExceeded`.
+    """
+
+    def attach() -> Connection:
+        if isinstance(address, str) and address.startswith(("grpc://", "grpcs://", "grpc+unix://")):
+            # gRPC is heavy: only clients that use it import it.
+            from kvd.client.remote import RemoteConnection
+
+            return RemoteConnection(
+                address,
+                name=name,
+                timeout_s=timeout_s,
+                tls_ca=tls_ca,
+                tls_cert=tls_cert,
+                tls_key=tls_key,
+            )
+        return LocalConnection(Path(address or default_socket()), name=name, timeout_s=timeout_s)
+
+    return Client(attach, timeout_s=timeout_s, verify=verify)
+
+
+class Client:
+    """A session with a daemon that comes back after the daemon does. Made by `connect`."""
+
+    def __init__(self, attach: Callable[[], Connection], *, timeout_s: float, verify: bool) -> None:
+        self.timeout_s = timeout_s
+        self.verify = verify
+        self._attach = attach
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._retry_at = 0.0
+        self._declared: set[KVLayout] = set()
+        self._connection: Connection = attach()
+
+    @property
+    def instance(self) -> str:
+        """The daemon's run: another instance knows nothing of what the last one gave out."""
+        return self._connection.instance
+
+    def lookup(
+        self, keys: Sequence[ChunkKey], *, standalone: bool = False, timeout_s: float | None = None
+    ) -> int:
+        """How many of the first `keys`, a chain in order, the daemon has; with `standalone`, how
+        many of all.
+
+        A moment later it may be fewer: what counts is what `pin` returns.
+        """
+        found = 0
+        for start in range(0, len(keys), KEYS_MAX):
+            part = keys[start : start + KEYS_MAX]
+            message = pb.LookupRequest(keys=join_keys(part), standalone=standalone)
+            count = self._call(pb.Request(lookup=message), timeout_s).lookup.count
+            found += count
+            if count < len(part) and not standalone:
+                break
+        return found
+
+    def lookup_tokens(
+        self, layout: KVLayout, tokens: ArrayLike, *, timeout_s: float | None = None
+    ) -> int:
+        """How many of the first `tokens` the daemon has KV for, in whole chunks."""
+        keys = chain_keys(layout.fingerprint, tokens, chunk_tokens=layout.chunk_tokens)
+        return self.lookup(keys, timeout_s=timeout_s) * layout.chunk_tokens
+
+    def pin(
+        self,
+        layout: KVLayout,
+        keys: Sequence[ChunkKey],
+        *,
+        standalone: bool = False,
+        lease_s: float = LEASE_S_DEFAULT,
+        timeout_s: float | None = None,
+    ) -> Lease:
+        """Pin the leading `keys` that are there, or with `standalone` each that is; may be none:
+        `len(lease)`.
+
+        At most 2048 keys a call. Raises `LayoutMismatch` if a chunk has another layout.
+        """
+        message = pb.PinRequest(
+            keys=join_keys(keys),
+            layout=layout.fingerprint,
+            standalone=standalone,
+            lease_ns=_lease_ns(lease_s),
+        )
+        response, connection = self._call_on(pb.Request(pin=message), timeout_s)
+        reply = response.pin
+        if standalone:
+            pinned = [key for key, is_here in zip(keys, reply.present, strict=True) if is_here]
+        else:
+            pinned = list(keys[: len(reply.offsets)])
+        return Lease(
+            connection,
+            layout,
+            pinned,
+            reply,
+            is_verified=self.verify,
+            timeout_s=timeout_s or self.timeout_s,
+        )
+
+    def reserve(
+        self,
+        layout: KVLayout,
+        keys: Sequence[ChunkKey],
+        *,
+        parent: bytes | None = None,
+        start: int = 0,
+        num_tokens: Sequence[int] | None = None,
+        standalone: bool = False,
+        category: str = "",
+        prefill_us: int = 0,
+        lease_s: float = LEASE_S_DEFAULT,
+        timeout_s: float | None = None,
+    ) -> Reservation:
+        """Extents for those of `keys` that nobody has stored or is storing.
+
+        The chunks follow each other behind `parent` (default: they begin the prompt); `num_tokens`
+        defaults to whole chunks; `start` is the position of the first token. At most 2048 keys a
+        call.
+        """
+        counts = [layout.chunk_tokens] * len(keys) if num_tokens is None else list(num_tokens)
+        if start and parent is None and not standalone:
+            raise InvalidRequest(
+                f"chunks at position {start} need the key of the chunk before them as parent"
+            )
+        message = pb.ReserveRequest(
+            layout=layout.fingerprint,
+            keys=join_keys(keys),
+            parent=b"" if standalone else (parent or layout.fingerprint),
+            standalone=standalone,
+            start=start,
+            num_tokens=counts,
+            category=category,
+            prefill_us=prefill_us,
+            lease_ns=_lease_ns(lease_s),
+        )
+        response, connection = self._call_on(pb.Request(reserve=message), timeout_s, declare=layout)
+        return Reservation(
+            connection,
+            layout,
+            keys,
+            counts,
+            response.reserve,
+            is_verified=self.verify,
+            timeout_s=timeout_s or self.timeout_s,
+        )
+
+    def store(
+        self, layout: KVLayout, keys: Sequence[ChunkKey], chunks: Sequence[Any], **options: Any
+    ) -> list[str]:
+        """Store `chunks[i]`, arrays or tensors `[layers, planes, tokens, kv_heads, head_dim]`,
+        under `keys[i]`.
+
+        One copy each. Returns the state of each key as `Reservation.states` does: "granted" ones
+        are stored now. `options` are those of `reserve`. Token counts come from the chunks' shapes.
+        """
+        if len(keys) != len(chunks):
+            raise InvalidRequest(f"{len(keys)} keys come with {len(chunks)} chunks")
+        options.setdefault("num_tokens", [_num_tokens(layout, chunk) for chunk in chunks])
+        with self.reserve(layout, keys, **options) as reservation:
+            for index in reservation:
+                reservation.write(index, chunks[index])
+            reservation.commit()
+        return reservation.states
+
+    def load(
+        self, layout: KVLayout, keys: Sequence[ChunkKey], outs: Sequence[Any], **options: Any
+    ) -> int:
+        """Copy the leading `keys` that are there into `outs`, arrays or tensors of their shape; how
+        many.
+
+        One copy each. `options` are those of `pin`. Raises `LeaseExpired` or `Corrupt`: `outs` is
+        undefined then.
+        """
+        with self.pin(layout, keys, **options) as lease:
+            for index in range(len(lease)):
+                lease.load(index, outs[index])
+            return len(lease)
+
+    def status(self, *, audit: bool = False, timeout_s: float | None = None) -> pb.StatusReply:
+        """The daemon in numbers; with `audit` it checks its invariants first and fails if one is
+        broken.
+        """
+        return self._call(pb.Request(status=pb.StatusRequest(audit=audit)), timeout_s).status
+
+    def list_chunks(
+        self,
+        *,
+        limit: int = 0,
+        cursor: int = 0,
+        category: str = "",
+        layout: bytes = b"",
+        timeout_s: float | None = None,
+    ) -> pb.ListReply:
+        """A page of chunks; its `cursor` is the next page's, 0 at the end."""
+        message = pb.ListRequest(limit=limit, cursor=cursor, category=category, layout=layout)
+        return self._call(pb.Request(list=message), timeout_s).list
+
+    def clear(
+        self,
+        keys: Sequence[ChunkKey] = (),
+        *,
+        category: str = "",
+        layout: bytes = b"",
+        timeout_s: float | None = None,
+    ) -> tuple[int, int]:
+        """Drop chunks that match all that is given, and what continues them; (chunks, bytes)
+        dropped.
+        """
+        count = size = 0
+        parts = split_parts(keys) or [()]
+        for part in parts:
+            message = pb.ClearRequest(keys=join_keys(part), category=category, layout=layout)
+            is_partial = True
+            while is_partial:
+                reply = self._call(pb.Request(clear=message), timeout_s).clear
+                count, size, is_partial = count + reply.count, size + reply.size, reply.is_partial
+        return count, size
+
+    def hold(
+        self, keys: Sequence[ChunkKey], is_held: bool, *, timeout_s: float | None = None
+    ) -> int:
+        """Pin chunks without a deadline (an operator's decision), or take that back; how many of
+        `keys` are there.
+        """
+        count = 0
+        for part in split_parts(keys):
+            message = pb.HoldRequest(keys=join_keys(part), is_held=is_held)
+            count += self._call(pb.Request(hold=message), timeout_s).hold.count
+        return count
+
+    def close(self) -> None:
+        """End the session: all leases end with it. Reservations still open keep it until they are
+        written.
+        """
+        with self._lock:
+            self._is_closed = True
+            self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, request: pb.Request, timeout_s: float | None) -> pb.Response:
+        return self._call_on(request, timeout_s)[0]
+
+    def _call_on(
+        self, request: pb.Request, timeout_s: float | None, *, declare: KVLayout | None = None
+    ) -> tuple[pb.Response, Connection]:
+        timeout_s = timeout_s or self.timeout_s
+        connection = self._open_connection()
+        try:
+            return self._call_once(connection, request, timeout_s, declare), connection
+        except Unavailable:
+            # The session that would have held the outcome is gone, so asking a new daemon again
+            # repeats nothing.
+            if connection.is_open:
+                raise
+        connection = self._open_connection()
+        return self._call_once(connection, request, timeout_s, declare), connection
+
+    def _call_once(
+        self,
+        connection: Connection,
+        request: pb.Request,
+        timeout_s: float,
+        declare: KVLayout | None,
+    ) -> pb.Response:
+        if declare is not None and declare not in self._declared:
+            message = pb.DeclareRequest(layout=layout_to_message(declare))
+            connection.call(pb.Request(declare=message), timeout_s)
+            self._declared.add(declare)
+        return connection.call(request, timeout_s)
+
+    def _open_connection(self) -> Connection:
+        if self._connection.is_open:
+            return self._connection
+        with self._lock:
+            if self._is_closed:
+                raise Unavailable("the client is closed")
+            if not self._connection.is_open:
+                if time.monotonic() < self._retry_at:
+                    raise Unavailable("the daemon was away a moment ago")
+                self._retry_at = time.monotonic() + RETRY_EVERY_S
+                self._connection.close()
+                self._connection = self._attach()
+                self._declared = set()
+                self._retry_at = 0.0
+            return self._connection
+
+
+def split_parts(keys: Sequence[ChunkKey]) -> list[Sequence[ChunkKey]]:
+    """`keys` in parts that fit one message each."""
+    return [keys[start : start + KEYS_MAX] for start in range(0, len(keys), KEYS_MAX)]
+
+
+def _lease_ns(lease_s: float) -> int:
+    return max(int(lease_s * 1e9), 1)
+
+
+def _num_tokens(layout: KVLayout, chunk: Any) -> int:
+    shape = getattr(chunk, "shape", None)
+    if shape is not None and len(shape) == 5:
+        return int(shape[2])
+    size = int(getattr(chunk, "nbytes", 0)) or len(chunk)
+    if size % layout.token_size:
+        raise InvalidRequest(
+            f"a chunk of {size} bytes is no whole number of tokens of {layout.token_size} bytes"
+        )
+    return size // layout.token_size

@@ -1,0 +1,1 @@
+"""Connectors: one engine, one file."""

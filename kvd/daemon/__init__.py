@@ -1,0 +1,1 @@
+"""The daemon: store, sessions, planes, and what operators see of them."""

@@ -1,0 +1,144 @@
+"""What operators ask: status, list, clear, hold. Each answer is bounded, so none keeps other
+clients waiting.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from uuid import uuid4
+
+from kvd import __version__
+from kvd.chunk import Fingerprint
+from kvd.daemon.directory import Entry
+from kvd.daemon.store import ChunkStore
+from kvd.errors import InvalidRequest, KvdError, Unavailable
+from kvd.keys import split_keys
+from kvd.proto import kvd_pb2 as pb
+from kvd.proto.convert import layout_to_message
+from kvd.proto.limits import CLEAR_LIMIT_MAX, LIST_LIMIT_MAX
+
+
+@dataclass
+class Facts:
+    """What a daemon is and what it is doing: starting, serving, draining."""
+
+    pid: int
+    version: str = __version__
+    instance: str = field(default_factory=lambda: uuid4().hex)
+    started_ns: int = field(default_factory=time.monotonic_ns)
+    state: str = "starting"
+    num_sessions: int = 0
+    huge_pages: str = "none"
+
+    def check_serving(self) -> None:
+        """Raise `Unavailable` unless new leases are given out."""
+        if self.state != "serving":
+            raise Unavailable(f"the daemon is {self.state} and gives out no new leases")
+
+
+def status(store: ChunkStore, facts: Facts, message: pb.StatusRequest) -> pb.StatusReply:
+    """The daemon in numbers; with `audit`, after a check of all invariants."""
+    if message.audit:
+        try:
+            store.check()
+        except AssertionError as error:
+            raise KvdError(f"audit failed: {error}") from error
+    tier = store.tier
+    return pb.StatusReply(
+        version=facts.version,
+        pid=facts.pid,
+        instance=facts.instance,
+        state=facts.state,
+        uptime_ns=time.monotonic_ns() - facts.started_ns,
+        num_chunks=len(store.directory),
+        num_layouts=len(store.layouts),
+        num_sessions=facts.num_sessions,
+        num_pinned=store.num_pinned,
+        num_reserved=store.num_reserved,
+        tiers=[
+            pb.TierStatus(
+                name=tier.name,
+                size=tier.size,
+                used=tier.used,
+                largest_free=tier.largest_free,
+                num_extents=tier.num_extents,
+                huge_pages=facts.huge_pages,
+            )
+        ],
+        counters=dict(store.counters),
+    )
+
+
+def list_chunks(store: ChunkStore, message: pb.ListRequest) -> pb.ListReply:
+    """A page of chunks that match, in the order they came; the cursor is a position, so pages may
+    shift under writes.
+    """
+    limit = min(message.limit or LIST_LIMIT_MAX, LIST_LIMIT_MAX)
+    reply = pb.ListReply()
+    at = message.cursor
+    # A page looks at a bounded number of chunks too, however few of them match.
+    for entry in islice(store.directory, at, at + CLEAR_LIMIT_MAX):
+        at += 1
+        if _matches(entry, message.category, message.layout):
+            reply.chunks.append(_info(entry))
+            if len(reply.chunks) == limit:
+                break
+    reply.cursor = at if at < len(store.directory) else 0
+    for fingerprint in {chunk.layout for chunk in reply.chunks}:
+        reply.layouts.append(layout_to_message(store.layouts[Fingerprint(fingerprint)]))
+    return reply
+
+
+def clear(store: ChunkStore, message: pb.ClearRequest) -> pb.ClearReply:
+    """Drop chunks that match, and what continues them; pinned families stay."""
+    limit = min(message.limit or CLEAR_LIMIT_MAX, CLEAR_LIMIT_MAX)
+    if message.keys:
+        found = (store.directory.get(key) for key in split_keys(message.keys))
+        entries = [entry for entry in found if entry is not None]
+    else:
+        entries = list(store.directory)
+    reply = pb.ClearReply()
+    for entry in entries:
+        if reply.count >= limit:
+            reply.is_partial = True
+            break
+        # A chunk behind an earlier one is gone already.
+        is_here = store.directory.get(entry.meta.key) is entry
+        if is_here and _matches(entry, message.category, message.layout):
+            count, size = store.drop(entry)
+            reply.count += count
+            reply.size += size
+    store.counters["clear_chunks"] += reply.count
+    return reply
+
+
+def hold(store: ChunkStore, message: pb.HoldRequest) -> pb.HoldReply:
+    """Pin chunks until an operator takes it back."""
+    keys = split_keys(message.keys)
+    if not keys:
+        raise InvalidRequest("no keys named")
+    return pb.HoldReply(count=store.hold(keys, message.is_held))
+
+
+def _matches(entry: Entry, category: str, layout: bytes) -> bool:
+    meta = entry.meta
+    return (not category or meta.category == category) and (not layout or meta.layout == layout)
+
+
+def _info(entry: Entry) -> pb.ChunkInfo:
+    meta, placement = entry.meta, entry.placement
+    return pb.ChunkInfo(
+        key=meta.key,
+        parent=meta.parent or b"",
+        layout=meta.layout,
+        start=meta.start,
+        num_tokens=meta.num_tokens,
+        category=meta.category,
+        size=placement.extent.size,
+        tier=placement.extent.tier,
+        codec=placement.codec,
+        pins=entry.pins,
+        is_held=entry.is_held,
+    )

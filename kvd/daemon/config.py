@@ -1,0 +1,271 @@
+"""Config: all that can be set on a daemon. What is unknown or cannot be stops the start.
+
+Flags, KVD_* variables and TOML keys are made from its fields, and its defaults are the only ones.
+
+    flag          --cpu-size 8GiB      strongest
+    variable      KVD_CPU_SIZE=8GiB
+    TOML          cpu_size = "8GiB"
+    default       4 GiB                weakest
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from kvd.daemon.settings import (
+    Setting,
+    read_address,
+    read_choice,
+    read_names,
+    read_seconds,
+    read_size,
+    read_socket,
+    read_switch,
+    read_text,
+    setting,
+)
+from kvd.errors import ConfigError
+from kvd.proto.address import default_socket, is_loopback, parse_address
+
+HugePages = Literal["auto", "never", "require"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+# One huge page: below it an arena holds no chunk of any real model.
+CPU_SIZE_MIN = 2 << 20
+
+_HUGE_PAGES = ("auto", "never", "require")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+
+# KVD_ variables that are no field of the config.
+_OTHER_VARIABLES = ("KVD_CONFIG",)
+
+# Kubernetes describes a Service named kvd or kvd-… to every container of its namespace, in
+# variables like KVD_SERVICE_HOST and KVD_PORT_9471_TCP_ADDR. They are nobody's settings.
+_SERVICE_VARIABLE = re.compile(
+    r"KVD_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A config that is valid as far as one can tell without a look at the machine.
+
+    That look is `preflight.check_machine`.
+    """
+
+    tiers: tuple[str, ...] = field(
+        default=("cpu",),
+        metadata=setting(read_names, "NAMES", "Tiers to keep chunks in, fastest first."),
+    )
+    cpu_size: int = field(
+        default=4 << 30,
+        metadata=setting(read_size(CPU_SIZE_MIN), "SIZE", "Host memory for the arena."),
+    )
+    huge_pages: HugePages = field(
+        default="auto",
+        metadata=setting(
+            read_choice(*_HUGE_PAGES),
+            "WHEN",
+            "2 MiB pages for the arena: if enough are free, never, or else do not start.",
+            choices=_HUGE_PAGES,
+        ),
+    )
+    socket: Path = field(
+        default_factory=default_socket,
+        metadata=setting(read_socket, "PATH", "Socket where clients attach."),
+    )
+    socket_group: str = field(
+        default="",
+        metadata=setting(read_text, "GROUP", "Group whose members may attach too."),
+    )
+    grpc_socket: str = field(
+        default="",
+        metadata=setting(
+            read_text,
+            "PATH",
+            'Socket for gRPC; beside the other one if not named, "none" for no such socket.',
+        ),
+    )
+    listen: str = field(
+        default="",
+        metadata=setting(
+            read_address(""),
+            "HOST:PORT",
+            "TCP address for gRPC; beyond loopback it needs all three --tls files.",
+        ),
+    )
+    tls_cert: str = field(
+        default="",
+        metadata=setting(read_text, "FILE", "Certificate chain of the TCP listener, PEM."),
+    )
+    tls_key: str = field(
+        default="",
+        metadata=setting(read_text, "FILE", "Its private key, PEM."),
+    )
+    tls_client_ca: str = field(
+        default="",
+        metadata=setting(
+            read_text, "FILE", "Authorities, PEM: only clients that they certify are let in."
+        ),
+    )
+    insecure: bool = field(
+        default=False,
+        metadata=setting(
+            read_switch, "", "Let anybody who reaches the TCP listener read and write all chunks."
+        ),
+    )
+    http: str = field(
+        default="127.0.0.1:9470",
+        metadata=setting(
+            read_address("none"),
+            "HOST:PORT",
+            'Address of /metrics, /healthz and /readyz, "none" for no such server.',
+        ),
+    )
+    drain_s: float = field(
+        default=10.0,
+        metadata=setting(
+            read_seconds, "SECONDS", "How long open leases may go on after the order to stop."
+        ),
+    )
+    eviction: str = field(
+        default="lru",
+        metadata=setting(read_text, "NAME", "Policy that says which chunk goes first."),
+    )
+    log_level: LogLevel = field(
+        default="info",
+        metadata=setting(
+            read_choice(*_LOG_LEVELS), "LEVEL", "The least that is logged.", choices=_LOG_LEVELS
+        ),
+    )
+    log_file: str = field(
+        default="",
+        metadata=setting(read_text, "FILE", "Where to log; standard error if not named."),
+    )
+
+    def __post_init__(self) -> None:
+        for name, found in settings().items():
+            value = getattr(self, name)
+            if _read(name, found.read, value) != value:
+                raise ConfigError(f"{name}: {value!r} is not read yet")
+        if self.grpc_socket_path is not None:
+            _read("grpc_socket", read_socket, self.grpc_socket_path)
+        if self.grpc_socket_path == self.socket:
+            raise ConfigError(f"grpc_socket and socket are the same path, {self.socket}")
+        self._check_tls()
+
+    @property
+    def grpc_socket_path(self) -> Path | None:
+        """Where gRPC listens on this machine, None for nowhere."""
+        if self.grpc_socket == "none":
+            return None
+        if self.grpc_socket:
+            return Path(self.grpc_socket)
+        return self.socket.with_name(f"{self.socket.stem}.grpc.sock")
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether the TCP listener speaks TLS."""
+        return bool(self.tls_cert)
+
+    def _check_tls(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            given, missing = ("tls_cert", "tls_key") if self.tls_cert else ("tls_key", "tls_cert")
+            raise ConfigError(f"{given} is given without {missing}: TLS needs both")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("tls_client_ca is given without tls_cert and tls_key: TLS needs both")
+        if not self.listen or self.insecure or is_loopback(parse_address(self.listen)[0]):
+            return
+        if not self.tls_client_ca:
+            missing = "tls_client_ca" if self.tls_cert else "tls_cert, tls_key and tls_client_ca"
+            raise ConfigError(
+                f"listen {self.listen} is beyond this machine: without {missing} anybody there "
+                "could read and write all chunks; give that, listen on loopback, or set insecure"
+            )
+
+
+def settings() -> dict[str, Setting]:
+    """The setting of each field of `Config`, by its name."""
+    return {found.name: found.metadata["setting"] for found in fields(Config)}
+
+
+def flag_of(name: str) -> str:
+    """How a field is spelled on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    """How a field is spelled in the environment."""
+    return "KVD_" + name.upper()
+
+
+def load_config(
+    flags: Mapping[str, object], env: Mapping[str, str], toml_path: Path | None
+) -> Config:
+    """The config of flags (by field name), variables and a TOML file, in this order of strength.
+
+    A flag that is None and a variable that is empty count as not given. Raises `ConfigError` for
+    anything unknown or bad, overridden or not, and names where it was found.
+    """
+    values: dict[str, object] = {"socket": default_socket({**env, "KVD_SOCKET": ""})}
+    if toml_path is not None:
+        values |= _read_source(f"{toml_path}: key", str, _parse_toml(toml_path))
+    variables = {
+        name: value
+        for name, value in env.items()
+        if name.startswith("KVD_")
+        and name not in _OTHER_VARIABLES
+        and not _SERVICE_VARIABLE.fullmatch(name)
+    }
+    values |= _read_source("variable", variable_of, variables)
+    given = {flag_of(name): value for name, value in flags.items() if value is not None}
+    values |= _read_source("flag", flag_of, given)
+    return Config(**values)  # type: ignore[arg-type]
+
+
+def _read_source(
+    label: str, spell: Callable[[str], str], found: Mapping[str, object]
+) -> dict[str, object]:
+    """The fields that one source sets, read and checked."""
+    known = settings()
+    names = {spell(name): name for name in known}
+    values = {}
+    for spelling, value in found.items():
+        if spelling not in names:
+            raise ConfigError(
+                f"{label} {spelling} is unknown; {_suggestion(spelling, list(names))}"
+            )
+        if value != "" or label != "variable":
+            name = names[spelling]
+            values[name] = _read(f"{label} {spelling}", known[name].read, value)
+    return values
+
+
+def _read(where: str, read: Callable[[object], object], value: object) -> object:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _suggestion(spelling: str, valid: list[str]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(spelling, valid, n=1)
+    return (f"did you mean {close[0]}? " if close else "") + f"There is: {', '.join(valid)}"
+
+
+def _parse_toml(path: Path) -> dict[str, object]:
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"config file {path} is no TOML: {error}") from None

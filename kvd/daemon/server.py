@@ -1,0 +1,154 @@
+"""The daemon's life: arena, populate, listen, serve, drain. Puts the parts together and holds no
+logic of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import uvloop
+
+from kvd.arena import Arena
+from kvd.daemon import logs
+from kvd.daemon.admin import Facts
+from kvd.daemon.config import Config
+from kvd.daemon.eviction.lru import Lru
+from kvd.daemon.local import LocalServer
+from kvd.daemon.metrics import serve_http
+from kvd.daemon.store import ChunkStore
+from kvd.tiers.cpu import CpuTier
+
+log = logging.getLogger("kvd.server")
+
+EXPIRE_EVERY_S = 1.0
+DRAIN_LOOK_EVERY_S = 0.05
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code. Raises `ConfigError` where it cannot start."""
+    logs.configure(config.log_level, config.log_file)
+    # A directory of a million chunks is a million live objects that no cycle collection can free:
+    # the default thresholds would walk them again and again, a tenth of a second each time.
+    gc.set_threshold(50_000, 50, 1_000)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Daemon(config).serve())
+
+
+class _StoppedEarlyError(Exception):
+    """Told to stop while the arena was being populated."""
+
+
+class Daemon:
+    """One daemon, from its start to its end."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.facts = Facts(pid=os.getpid())
+        self.store: ChunkStore | None = None
+        self._stop = asyncio.Event()
+
+    async def serve(self) -> int:
+        """Start, serve until told to stop, drain."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        async with AsyncExitStack() as stack:
+            if self.config.http != "none":
+                http = serve_http(self.config.http, lambda: self.store, self.facts)
+                stack.callback(http.close)
+                log.info("event=http_listening port=%d", http.port)
+            try:
+                store, arena = await self._open_store()
+            except _StoppedEarlyError:
+                return 0
+            local = LocalServer(
+                self.config.socket, arena, store, self.facts, group=self.config.socket_group
+            )
+            stack.callback(local.close)
+            await stack.enter_async_context(self._grpc(store))
+            await stack.enter_async_context(self._expire(store))
+            self.store = store
+            self.facts.state = "serving"
+            log.info(
+                "event=ready socket=%s size=%d pid=%d", self.config.socket, arena.size, os.getpid()
+            )
+            await self._stop.wait()
+            await self._drain(store)
+        log.info("event=stopped")
+        return 0
+
+    async def _open_store(self) -> tuple[ChunkStore, Arena]:
+        arena = Arena.create(self.config.cpu_size, huge_pages=self.config.huge_pages)
+        self.facts.huge_pages = "2MiB" if arena.huge_pages else "none"
+        started = time.monotonic()
+        await asyncio.to_thread(self._populate, arena)
+        log.info("event=populated size=%d seconds=%.1f", arena.size, time.monotonic() - started)
+        return ChunkStore(CpuTier(arena), Lru()), arena
+
+    def _populate(self, arena: Arena) -> None:
+        if not sys.stderr.isatty():
+            arena.populate(self._populated)
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+        columns = (TextColumn("populating the arena"), BarColumn(), DownloadColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("populate", total=arena.size)
+
+            def show(done: int) -> None:
+                self._populated(done)
+                progress.update(task, completed=done)
+
+            arena.populate(show)
+
+    def _populated(self, done: int) -> None:
+        log.debug("event=populating done=%d size=%d", done, self.config.cpu_size)
+        if self._stop.is_set():
+            raise _StoppedEarlyError
+
+    @asynccontextmanager
+    async def _grpc(self, store: ChunkStore) -> AsyncIterator[None]:
+        if self.config.grpc_socket == "none" and not self.config.listen:
+            yield
+            return
+        # gRPC costs a fifth of a second to import: only those who use it pay.
+        from kvd.daemon.rpc import GrpcServer
+
+        server = await GrpcServer.start(self.config, store, self.facts)
+        try:
+            yield
+        finally:
+            await server.close()
+
+    @asynccontextmanager
+    async def _expire(self, store: ChunkStore) -> AsyncIterator[None]:
+        async def forever() -> None:
+            while True:
+                await asyncio.sleep(EXPIRE_EVERY_S)
+                store.expire(time.monotonic_ns())
+
+        task = asyncio.create_task(forever())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def _drain(self, store: ChunkStore) -> None:
+        """Give out no new leases, and let those that are open end, for as long as the config
+        allows.
+        """
+        self.facts.state = "draining"
+        log.info("event=draining pinned=%d reserved=%d", store.num_pinned, store.num_reserved)
+        give_up = time.monotonic() + self.config.drain_s
+        while store.num_leases and time.monotonic() < give_up:
+            await asyncio.sleep(DRAIN_LOOK_EVERY_S)
+        log.info("event=drained pinned=%d reserved=%d", store.num_pinned, store.num_reserved)

@@ -1,0 +1,295 @@
+"""Session: one attached client. It turns each request into a call on the store and remembers what
+it must give back.
+
+Both planes feed it: the attach socket one packet at a time, gRPC one stream message at a time.
+Nothing here waits, so a request is answered before the next one is looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from itertools import count
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError
+
+from kvd.chunk import ChunkMeta, Fingerprint
+from kvd.daemon import admin
+from kvd.daemon.leases import LEASE_NS_DEFAULT, ReadLease, WriteLease
+from kvd.daemon.store import ChunkStore
+from kvd.errors import InvalidRequest, KvdError, LeaseExpired, TooLarge, UnknownLease
+from kvd.keys import ChunkKey, check_key, split_keys
+from kvd.proto import kvd_pb2 as pb
+from kvd.proto.convert import layout_from_message
+from kvd.proto.limits import DATA_SIZE_MAX, KEYS_MAX, MESSAGE_SIZE_MAX, PROTOCOL_VERSION
+
+log = logging.getLogger("kvd.session")
+
+CLIENT_NAME_SIZE_MAX = 128
+
+L = TypeVar("L", ReadLease, WriteLease)
+
+_STATES = {"granted": pb.GRANTED, "exists": pb.EXISTS, "busy": pb.BUSY, "full": pb.FULL}
+
+_session_ids = count(1)
+
+
+class Session:
+    """One client's requests and leases. `has_arena` says whether the client maps the arena or asks
+    for bytes.
+    """
+
+    def __init__(self, store: ChunkStore, facts: admin.Facts, *, has_arena: bool) -> None:
+        self.id = next(_session_ids)
+        self.client = ""
+        self.is_attached = False
+        self.leases: set[int] = set()
+        self._store = store
+        self._facts = facts
+        self._has_arena = has_arena
+        self._verbs: dict[str, Callable[..., object]] = {
+            "attach": self._attach,
+            "declare": self._declare,
+            "lookup": self._lookup,
+            "reserve": self._reserve,
+            "commit": self._commit,
+            "pin": self._pin,
+            "renew": self._renew,
+            "release": self._release,
+            "write": self._write,
+            "read": self._read,
+            "status": lambda message: admin.status(store, facts, message),
+            "list": lambda message: admin.list_chunks(store, message),
+            "clear": lambda message: admin.clear(store, message),
+            "hold": lambda message: admin.hold(store, message),
+        }
+
+    def handle_packet(self, packet: bytes) -> bytes | None:
+        """The answer to one encoded request, or None if it wants none. Never raises."""
+        if len(packet) > MESSAGE_SIZE_MAX:
+            message = f"a message has at most {MESSAGE_SIZE_MAX} bytes"
+            return _failure(0, TooLarge.code, message).SerializeToString()
+        try:
+            request = pb.Request.FromString(packet)
+        except DecodeError:
+            message = f"{len(packet)} bytes are no kvd.v1 request"
+            return _failure(0, InvalidRequest.code, message).SerializeToString()
+        response = self.handle(request)
+        if request.id == 0 and request.WhichOneof("verb") == "release":
+            return None
+        answer = response.SerializeToString()
+        if len(answer) > MESSAGE_SIZE_MAX:
+            message = f"the answer has {len(answer)} bytes, ask for less at once"
+            return _failure(request.id, TooLarge.code, message).SerializeToString()
+        return answer
+
+    def handle(self, request: pb.Request) -> pb.Response:
+        """The answer to one request; a failure is an answer too, and then nothing has changed."""
+        verb = request.WhichOneof("verb")
+        try:
+            if verb is None:
+                raise InvalidRequest("the request has no verb that this daemon knows")
+            if not self.is_attached and verb != "attach":
+                raise InvalidRequest(f"attach comes first, found {verb}")
+            result: dict[str, Any] = {verb: self._verbs[verb](getattr(request, verb))}
+            return pb.Response(id=request.id, **result)
+        except KvdError as error:
+            self._store.counters["request_errors"] += 1
+            return _failure(request.id, error.code, str(error))
+        except Exception:
+            # The store's own promise is that a failed call changed nothing; the client must not
+            # wait for ever.
+            log.exception("event=request_failed session=%d verb=%s", self.id, verb)
+            self._store.counters["internal_errors"] += 1
+            message = f"{verb} failed inside the daemon, see its log"
+            return _failure(request.id, KvdError.code, message)
+
+    def close(self) -> None:
+        """Give back all that this session reserved or pinned. Its client has stopped using the
+        bytes.
+        """
+        for lease in self.leases:
+            self._store.release(lease)
+        self.leases.clear()
+
+    def _attach(self, message: pb.AttachRequest) -> pb.AttachReply:
+        if message.version != PROTOCOL_VERSION:
+            raise InvalidRequest(
+                f"this daemon speaks protocol {PROTOCOL_VERSION}, the client {message.version}: "
+                "install the same kvd-cache on both sides"
+            )
+        if self.is_attached:
+            raise InvalidRequest("this session is attached already")
+        self.is_attached = True
+        self.client = message.client[:CLIENT_NAME_SIZE_MAX]
+        return pb.AttachReply(
+            version=PROTOCOL_VERSION,
+            session=self.id,
+            now_ns=time.monotonic_ns(),
+            arena_size=self._store.tier.size if self._has_arena else 0,
+            message_size_max=MESSAGE_SIZE_MAX,
+            instance=self._facts.instance,
+            daemon_version=self._facts.version,
+        )
+
+    def _declare(self, message: pb.DeclareRequest) -> pb.DeclareReply:
+        return pb.DeclareReply(fingerprint=self._store.declare(layout_from_message(message.layout)))
+
+    def _lookup(self, message: pb.LookupRequest) -> pb.LookupReply:
+        return lookup(self._store, message)
+
+    def _reserve(self, message: pb.ReserveRequest) -> pb.ReserveReply:
+        self._facts.check_serving()
+        metas = _metas_of(message)
+        lease, states = self._store.reserve(
+            metas, lease_ns=message.lease_ns or LEASE_NS_DEFAULT, now_ns=time.monotonic_ns()
+        )
+        reply = pb.ReserveReply(states=[_STATES[state] for state in states])
+        if lease is not None:
+            self.leases.add(lease.id)
+            reply.lease = lease.id
+            reply.deadline_ns = lease.deadline_ns
+            reply.offsets.extend([extent.offset for extent in lease.extents])
+            reply.sizes.extend([extent.size for extent in lease.extents])
+        return reply
+
+    def _commit(self, message: pb.CommitRequest) -> pb.CommitReply:
+        self._check_own(message.lease)
+        count = self._store.commit(message.lease, message.checksums, now_ns=time.monotonic_ns())
+        self.leases.discard(message.lease)
+        return pb.CommitReply(count=count)
+
+    def _pin(self, message: pb.PinRequest) -> pb.PinReply:
+        self._facts.check_serving()
+        layout = Fingerprint(check_key(message.layout))
+        lease, found = self._store.pin(
+            checked_keys(message.keys),
+            layout,
+            standalone=message.standalone,
+            lease_ns=message.lease_ns or LEASE_NS_DEFAULT,
+            now_ns=time.monotonic_ns(),
+        )
+        reply = pb.PinReply(present=bytes(found) if message.standalone else b"")
+        if lease is None:
+            return reply
+        self.leases.add(lease.id)
+        placements = [entry.placement for entry in lease.entries]
+        reply.lease = lease.id
+        reply.deadline_ns = lease.deadline_ns
+        reply.offsets.extend([placement.extent.offset for placement in placements])
+        reply.sizes.extend([placement.extent.size for placement in placements])
+        reply.num_tokens.extend([entry.meta.num_tokens for entry in lease.entries])
+        if any(placement.checksum is not None for placement in placements):
+            reply.checksums.extend([placement.checksum or 0 for placement in placements])
+        return reply
+
+    def _renew(self, message: pb.RenewRequest) -> pb.RenewReply:
+        self._check_own(message.lease)
+        deadline_ns = self._store.renew(
+            message.lease, lease_ns=message.lease_ns or LEASE_NS_DEFAULT, now_ns=time.monotonic_ns()
+        )
+        return pb.RenewReply(deadline_ns=deadline_ns)
+
+    def _release(self, message: pb.ReleaseRequest) -> pb.ReleaseReply:
+        self._check_own(message.lease)
+        self._store.release(message.lease)
+        self.leases.discard(message.lease)
+        return pb.ReleaseReply()
+
+    def _write(self, message: pb.WriteRequest) -> pb.WriteReply:
+        lease = self._bytes_lease(message.lease, WriteLease)
+        if not message.index < len(lease.extents):
+            raise InvalidRequest(
+                f"the lease has {len(lease.extents)} chunks, found index {message.index}"
+            )
+        extent = lease.extents[message.index]
+        _check_range(message.offset, len(message.data), extent.size)
+        view = self._store.tier.view(extent)
+        memoryview(view)[message.offset : message.offset + len(message.data)] = message.data
+        return pb.WriteReply()
+
+    def _read(self, message: pb.ReadRequest) -> pb.ReadReply:
+        lease = self._bytes_lease(message.lease, ReadLease)
+        if not message.index < len(lease.entries):
+            raise InvalidRequest(
+                f"the lease has {len(lease.entries)} chunks, found index {message.index}"
+            )
+        extent = lease.entries[message.index].placement.extent
+        _check_range(message.offset, message.size, extent.size)
+        view = self._store.tier.view(extent)
+        return pb.ReadReply(data=view[message.offset : message.offset + message.size].tobytes())
+
+    def _check_own(self, lease_id: int) -> None:
+        if lease_id not in self.leases:
+            raise UnknownLease(
+                f"lease {lease_id} is not open in this session: "
+                "committed or released already, or never granted"
+            )
+
+    def _bytes_lease(self, lease_id: int, kind: type[L]) -> L:
+        if self._has_arena:
+            raise InvalidRequest("this session maps the arena: its bytes do not travel in messages")
+        self._check_own(lease_id)
+        lease = self._store.lease(lease_id)
+        if not isinstance(lease, kind):
+            raise InvalidRequest("bytes are written under a reservation and read under a pin")
+        if time.monotonic_ns() > lease.deadline_ns:
+            raise LeaseExpired(f"lease {lease_id} has ended")
+        return lease
+
+
+def _failure(request_id: int, code: str, message: str) -> pb.Response:
+    return pb.Response(id=request_id, error=pb.Error(code=code, message=message))
+
+
+def lookup(store: ChunkStore, message: pb.LookupRequest) -> pb.LookupReply:
+    """Which of the keys are here; needs no session."""
+    keys = checked_keys(message.keys)
+    if not message.standalone:
+        return pb.LookupReply(count=store.lookup(keys))
+    present = store.present(keys)
+    return pb.LookupReply(count=sum(present), present=bytes(present))
+
+
+def checked_keys(packed: bytes) -> list[ChunkKey]:
+    """The keys of a message. Raises `TooLarge` for too many, `InvalidRequest` for broken ones."""
+    keys = split_keys(packed)
+    if len(keys) > KEYS_MAX:
+        raise TooLarge(f"at most {KEYS_MAX} keys in one message, found {len(keys)}")
+    return keys
+
+
+def _metas_of(message: pb.ReserveRequest) -> list[ChunkMeta]:
+    keys = checked_keys(message.keys)
+    layout = Fingerprint(check_key(message.layout))
+    if len(message.num_tokens) != len(keys) or not keys:
+        raise InvalidRequest(f"{len(keys)} keys come with {len(message.num_tokens)} token counts")
+    if message.standalone == bool(message.parent):
+        raise InvalidRequest("a chain of chunks names its parent, standalone chunks have none")
+    parent = None if message.standalone else check_key(message.parent)
+    metas = []
+    start = message.start
+    for key, num_tokens in zip(keys, message.num_tokens, strict=True):
+        metas.append(
+            ChunkMeta(
+                key=key,
+                parent=parent,
+                layout=layout,
+                start=start,
+                num_tokens=num_tokens,
+                category=message.category,
+                prefill_us=message.prefill_us,
+            )
+        )
+        if parent is not None:
+            parent, start = key, start + num_tokens
+    return metas
+
+
+def _check_range(offset: int, size: int, extent_size: int) -> None:
+    if size > DATA_SIZE_MAX:
+        raise TooLarge(f"at most {DATA_SIZE_MAX} bytes in one message, found {size}")
+    if offset + size > extent_size:
+        raise InvalidRequest(f"range {offset}+{size} is outside the chunk of {extent_size} bytes")

@@ -1,0 +1,462 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ChunkState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GRANTED: _ClassVar[ChunkState]
+    EXISTS: _ClassVar[ChunkState]
+    BUSY: _ClassVar[ChunkState]
+    FULL: _ClassVar[ChunkState]
+GRANTED: ChunkState
+EXISTS: ChunkState
+BUSY: ChunkState
+FULL: ChunkState
+
+class Request(_message.Message):
+    __slots__ = ("id", "attach", "declare", "lookup", "reserve", "commit", "pin", "renew", "release", "write", "read", "status", "list", "clear", "hold")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
+    DECLARE_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    LIST_FIELD_NUMBER: _ClassVar[int]
+    CLEAR_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    attach: AttachRequest
+    declare: DeclareRequest
+    lookup: LookupRequest
+    reserve: ReserveRequest
+    commit: CommitRequest
+    pin: PinRequest
+    renew: RenewRequest
+    release: ReleaseRequest
+    write: WriteRequest
+    read: ReadRequest
+    status: StatusRequest
+    list: ListRequest
+    clear: ClearRequest
+    hold: HoldRequest
+    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., declare: _Optional[_Union[DeclareRequest, _Mapping]] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., commit: _Optional[_Union[CommitRequest, _Mapping]] = ..., pin: _Optional[_Union[PinRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseRequest, _Mapping]] = ..., write: _Optional[_Union[WriteRequest, _Mapping]] = ..., read: _Optional[_Union[ReadRequest, _Mapping]] = ..., status: _Optional[_Union[StatusRequest, _Mapping]] = ..., list: _Optional[_Union[ListRequest, _Mapping]] = ..., clear: _Optional[_Union[ClearRequest, _Mapping]] = ..., hold: _Optional[_Union[HoldRequest, _Mapping]] = ...) -> None: ...
+
+class Response(_message.Message):
+    __slots__ = ("id", "error", "attach", "declare", "lookup", "reserve", "commit", "pin", "renew", "release", "write", "read", "status", "list", "clear", "hold")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
+    DECLARE_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    WRITE_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    LIST_FIELD_NUMBER: _ClassVar[int]
+    CLEAR_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    error: Error
+    attach: AttachReply
+    declare: DeclareReply
+    lookup: LookupReply
+    reserve: ReserveReply
+    commit: CommitReply
+    pin: PinReply
+    renew: RenewReply
+    release: ReleaseReply
+    write: WriteReply
+    read: ReadReply
+    status: StatusReply
+    list: ListReply
+    clear: ClearReply
+    hold: HoldReply
+    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., attach: _Optional[_Union[AttachReply, _Mapping]] = ..., declare: _Optional[_Union[DeclareReply, _Mapping]] = ..., lookup: _Optional[_Union[LookupReply, _Mapping]] = ..., reserve: _Optional[_Union[ReserveReply, _Mapping]] = ..., commit: _Optional[_Union[CommitReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., renew: _Optional[_Union[RenewReply, _Mapping]] = ..., release: _Optional[_Union[ReleaseReply, _Mapping]] = ..., write: _Optional[_Union[WriteReply, _Mapping]] = ..., read: _Optional[_Union[ReadReply, _Mapping]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., list: _Optional[_Union[ListReply, _Mapping]] = ..., clear: _Optional[_Union[ClearReply, _Mapping]] = ..., hold: _Optional[_Union[HoldReply, _Mapping]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("version", "client")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    client: str
+    def __init__(self, version: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
+
+class AttachReply(_message.Message):
+    __slots__ = ("version", "session", "now_ns", "arena_size", "message_size_max", "instance", "daemon_version")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    NOW_NS_FIELD_NUMBER: _ClassVar[int]
+    ARENA_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_SIZE_MAX_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    DAEMON_VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    session: int
+    now_ns: int
+    arena_size: int
+    message_size_max: int
+    instance: str
+    daemon_version: str
+    def __init__(self, version: _Optional[int] = ..., session: _Optional[int] = ..., now_ns: _Optional[int] = ..., arena_size: _Optional[int] = ..., message_size_max: _Optional[int] = ..., instance: _Optional[str] = ..., daemon_version: _Optional[str] = ...) -> None: ...
+
+class Layout(_message.Message):
+    __slots__ = ("model", "revision", "dtype", "num_layers", "num_planes", "num_kv_heads", "head_dim", "chunk_tokens", "axes", "rope", "rank", "world_size", "group", "salt")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PLANES_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AXES_FIELD_NUMBER: _ClassVar[int]
+    ROPE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    revision: str
+    dtype: str
+    num_layers: int
+    num_planes: int
+    num_kv_heads: int
+    head_dim: int
+    chunk_tokens: int
+    axes: str
+    rope: str
+    rank: int
+    world_size: int
+    group: str
+    salt: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., dtype: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_planes: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., chunk_tokens: _Optional[int] = ..., axes: _Optional[str] = ..., rope: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., group: _Optional[str] = ..., salt: _Optional[str] = ...) -> None: ...
+
+class DeclareRequest(_message.Message):
+    __slots__ = ("layout",)
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    layout: Layout
+    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
+
+class DeclareReply(_message.Message):
+    __slots__ = ("fingerprint",)
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: bytes
+    def __init__(self, fingerprint: _Optional[bytes] = ...) -> None: ...
+
+class LookupRequest(_message.Message):
+    __slots__ = ("keys", "standalone")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    STANDALONE_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    standalone: bool
+    def __init__(self, keys: _Optional[bytes] = ..., standalone: bool = ...) -> None: ...
+
+class LookupReply(_message.Message):
+    __slots__ = ("count", "present")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    present: bytes
+    def __init__(self, count: _Optional[int] = ..., present: _Optional[bytes] = ...) -> None: ...
+
+class ReserveRequest(_message.Message):
+    __slots__ = ("layout", "keys", "parent", "standalone", "start", "num_tokens", "category", "prefill_us", "lease_ns")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    STANDALONE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_US_FIELD_NUMBER: _ClassVar[int]
+    LEASE_NS_FIELD_NUMBER: _ClassVar[int]
+    layout: bytes
+    keys: bytes
+    parent: bytes
+    standalone: bool
+    start: int
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    category: str
+    prefill_us: int
+    lease_ns: int
+    def __init__(self, layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., standalone: bool = ..., start: _Optional[int] = ..., num_tokens: _Optional[_Iterable[int]] = ..., category: _Optional[str] = ..., prefill_us: _Optional[int] = ..., lease_ns: _Optional[int] = ...) -> None: ...
+
+class ReserveReply(_message.Message):
+    __slots__ = ("lease", "deadline_ns", "states", "offsets", "sizes")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_NS_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    deadline_ns: int
+    states: _containers.RepeatedScalarFieldContainer[ChunkState]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    sizes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., states: _Optional[_Iterable[_Union[ChunkState, str]]] = ..., offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CommitRequest(_message.Message):
+    __slots__ = ("lease", "checksums")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CommitReply(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("keys", "layout", "standalone", "lease_ns")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    STANDALONE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_NS_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    layout: bytes
+    standalone: bool
+    lease_ns: int
+    def __init__(self, keys: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., standalone: bool = ..., lease_ns: _Optional[int] = ...) -> None: ...
+
+class PinReply(_message.Message):
+    __slots__ = ("lease", "deadline_ns", "offsets", "sizes", "num_tokens", "checksums", "present")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_NS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    deadline_ns: int
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    sizes: _containers.RepeatedScalarFieldContainer[int]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    checksums: _containers.RepeatedScalarFieldContainer[int]
+    present: bytes
+    def __init__(self, lease: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., present: _Optional[bytes] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("lease", "lease_ns")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    LEASE_NS_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    lease_ns: int
+    def __init__(self, lease: _Optional[int] = ..., lease_ns: _Optional[int] = ...) -> None: ...
+
+class RenewReply(_message.Message):
+    __slots__ = ("deadline_ns",)
+    DEADLINE_NS_FIELD_NUMBER: _ClassVar[int]
+    deadline_ns: int
+    def __init__(self, deadline_ns: _Optional[int] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("lease",)
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    def __init__(self, lease: _Optional[int] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WriteRequest(_message.Message):
+    __slots__ = ("lease", "index", "offset", "data")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    index: int
+    offset: int
+    data: bytes
+    def __init__(self, lease: _Optional[int] = ..., index: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class WriteReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReadRequest(_message.Message):
+    __slots__ = ("lease", "index", "offset", "size")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    index: int
+    offset: int
+    size: int
+    def __init__(self, lease: _Optional[int] = ..., index: _Optional[int] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
+
+class ReadReply(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ("audit",)
+    AUDIT_FIELD_NUMBER: _ClassVar[int]
+    audit: bool
+    def __init__(self, audit: bool = ...) -> None: ...
+
+class TierStatus(_message.Message):
+    __slots__ = ("name", "size", "used", "largest_free", "num_extents", "huge_pages")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    USED_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_FREE_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXTENTS_FIELD_NUMBER: _ClassVar[int]
+    HUGE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size: int
+    used: int
+    largest_free: int
+    num_extents: int
+    huge_pages: str
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., used: _Optional[int] = ..., largest_free: _Optional[int] = ..., num_extents: _Optional[int] = ..., huge_pages: _Optional[str] = ...) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("version", "pid", "instance", "state", "uptime_ns", "num_chunks", "num_layouts", "num_sessions", "num_pinned", "num_reserved", "tiers", "counters")
+    class CountersEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_NS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYOUTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PINNED_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESERVED_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    pid: int
+    instance: str
+    state: str
+    uptime_ns: int
+    num_chunks: int
+    num_layouts: int
+    num_sessions: int
+    num_pinned: int
+    num_reserved: int
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStatus]
+    counters: _containers.ScalarMap[str, int]
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., instance: _Optional[str] = ..., state: _Optional[str] = ..., uptime_ns: _Optional[int] = ..., num_chunks: _Optional[int] = ..., num_layouts: _Optional[int] = ..., num_sessions: _Optional[int] = ..., num_pinned: _Optional[int] = ..., num_reserved: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStatus, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class ListRequest(_message.Message):
+    __slots__ = ("limit", "cursor", "category", "layout")
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    limit: int
+    cursor: int
+    category: str
+    layout: bytes
+    def __init__(self, limit: _Optional[int] = ..., cursor: _Optional[int] = ..., category: _Optional[str] = ..., layout: _Optional[bytes] = ...) -> None: ...
+
+class ChunkInfo(_message.Message):
+    __slots__ = ("key", "parent", "layout", "start", "num_tokens", "category", "size", "tier", "codec", "pins", "is_held")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    IS_HELD_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    parent: bytes
+    layout: bytes
+    start: int
+    num_tokens: int
+    category: str
+    size: int
+    tier: str
+    codec: str
+    pins: int
+    is_held: bool
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., category: _Optional[str] = ..., size: _Optional[int] = ..., tier: _Optional[str] = ..., codec: _Optional[str] = ..., pins: _Optional[int] = ..., is_held: bool = ...) -> None: ...
+
+class ListReply(_message.Message):
+    __slots__ = ("chunks", "cursor", "layouts")
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    LAYOUTS_FIELD_NUMBER: _ClassVar[int]
+    chunks: _containers.RepeatedCompositeFieldContainer[ChunkInfo]
+    cursor: int
+    layouts: _containers.RepeatedCompositeFieldContainer[Layout]
+    def __init__(self, chunks: _Optional[_Iterable[_Union[ChunkInfo, _Mapping]]] = ..., cursor: _Optional[int] = ..., layouts: _Optional[_Iterable[_Union[Layout, _Mapping]]] = ...) -> None: ...
+
+class ClearRequest(_message.Message):
+    __slots__ = ("category", "layout", "keys", "limit")
+    CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    category: str
+    layout: bytes
+    keys: bytes
+    limit: int
+    def __init__(self, category: _Optional[str] = ..., layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ClearReply(_message.Message):
+    __slots__ = ("count", "size", "is_partial")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    IS_PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    size: int
+    is_partial: bool
+    def __init__(self, count: _Optional[int] = ..., size: _Optional[int] = ..., is_partial: bool = ...) -> None: ...
+
+class HoldRequest(_message.Message):
+    __slots__ = ("keys", "is_held")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    IS_HELD_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    is_held: bool
+    def __init__(self, keys: _Optional[bytes] = ..., is_held: bool = ...) -> None: ...
+
+class HoldReply(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...

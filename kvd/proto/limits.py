@@ -1,0 +1,18 @@
+"""Limits of the protocol, the same on both sides (docs/formats/protocol.md)."""
+
+from __future__ import annotations
+
+PROTOCOL_VERSION = 1
+
+# A packet must fit the default send buffer of a Unix socket (212,992 bytes with its own overhead).
+MESSAGE_SIZE_MAX = 128 << 10
+
+# Keys in one message: 512k tokens of 256-token chunks, 64 KiB of keys, and an answer that fits a
+# packet as well.
+KEYS_MAX = 2048
+
+# Bytes of one Write or Read on gRPC, below its default message limit of 4 MiB.
+DATA_SIZE_MAX = 2 << 20
+
+LIST_LIMIT_MAX = 500
+CLEAR_LIMIT_MAX = 10_000

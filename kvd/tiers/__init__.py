@@ -1,0 +1,1 @@
+"""Tiers: bounded arenas of bytes, one kind of memory each."""
