@@ -41,7 +41,7 @@ def format_size(size: int) -> str:
     return f"{round(value, 2):.2f}".rstrip("0").rstrip(".") + f" {unit}"
 
 
-def format_count_of(part: int, whole: int) -> str:
+def format_share(part: int, whole: int) -> str:
     """`part` of `whole` bytes with its share: `1 GiB of 4 GiB (25 %)`."""
     share = 100 * part / whole if whole else 0.0
     return f"{format_size(part)} of {format_size(whole)} ({share:.0f} %)"

@@ -77,7 +77,7 @@ def list_chunks(store: ChunkStore, message: pb.ListRequest) -> pb.ListReply:
     """
     limit = min(message.limit or LIST_LIMIT_MAX, LIST_LIMIT_MAX)
     reply = pb.ListReply()
-    at = message.cursor
+    at = min(message.cursor, len(store.directory))
     # A page looks at a bounded number of chunks too, however few of them match.
     for entry in islice(store.directory, at, at + CLEAR_LIMIT_MAX):
         at += 1

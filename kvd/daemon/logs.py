@@ -51,7 +51,7 @@ def configure(level: str = "info", file: str = "") -> logging.Handler:
 
 
 class LineFormatter(logging.Formatter):
-    """A record as one line. Never raises: a template that does not fit its values is logged as it is."""
+    """A record as one line. A template that does not fit its values is logged as it is."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.fromtimestamp(record.created, UTC)
@@ -66,7 +66,7 @@ class LineFormatter(logging.Formatter):
 
 
 def quoted(text: str, *, length_max: int = VALUE_LENGTH_MAX) -> str:
-    """`text` as one value of a line: bare where that is clear, else as a JSON string; cut if too long."""
+    """`text` as one value of a line: bare where that is clear, else a JSON string; cut if long."""
     if len(text) > length_max:
         text = text[:length_max] + "…"
     if _BARE.fullmatch(text):
@@ -92,11 +92,11 @@ def _event_of(record: logging.LogRecord) -> str:
         arguments = record.args if isinstance(record.args, tuple) else ()
         try:
             return record.msg % tuple(map(_as_value, arguments))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, LookupError):
             return f"event=bad_log template={quoted(record.msg)}"
     try:
         message = record.getMessage()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, LookupError):
         message = str(record.msg)
     return f"event=log logger={quoted(record.name)} message={quoted(message)}"
 

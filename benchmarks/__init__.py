@@ -1,0 +1,1 @@
+"""Benchmarks: one file, one question each. Run them from the repository's root with `python -m`."""

@@ -1,0 +1,316 @@
+"""The gRPC plane: the whole API for clients without shared memory, for administration, for peers.
+
+A stream is one session, and its bytes travel in messages. The daemon alone writes them into the
+arena, so a session may be closed at any moment: nobody else can still be writing.
+
+On the Unix socket the file's mode is the guard, for gRPC does not tell who the peer is; on TCP it
+is the client's certificate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import grp
+import logging
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvd.daemon import admin
+from kvd.daemon.config import Config
+from kvd.daemon.session import Session, lookup
+from kvd.daemon.store import ChunkStore
+from kvd.errors import (
+    AccessDenied,
+    ConfigError,
+    Corrupt,
+    DeadlineExceeded,
+    InvalidRequest,
+    KvdError,
+    LayoutMismatch,
+    LeaseExpired,
+    TooLarge,
+    Unavailable,
+    UnknownLease,
+)
+from kvd.proto import kvd_pb2 as pb
+from kvd.proto import kvd_pb2_grpc
+from kvd.proto.address import parse_address
+from kvd.proto.limits import GRPC_MESSAGE_SIZE_MAX
+
+log = logging.getLogger("kvd.rpc")
+
+M = TypeVar("M")
+R = TypeVar("R")
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Kvd"].full_name
+
+# Each may hold a request and an answer of 4 MiB in the daemon: at most 1 GiB together.
+SESSIONS_MAX = 128
+
+# Sessions, and beside them unary calls and watchers of the health.
+CALLS_MAX = SESSIONS_MAX + 128
+
+# A peer that opens a stream and says nothing does not keep the place of one that would.
+ATTACH_WITHIN_S = 10.0
+
+# How soon a watcher of the health hears of a change.
+HEALTH_LOOK_EVERY_S = 0.25
+
+# Headers have 8 KiB in all, and a message may quote what the client sent.
+ERROR_SIZE_MAX = 1024
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", GRPC_MESSAGE_SIZE_MAX),
+    # A second daemon on a port is an error, not a partner that gets every other client.
+    ("grpc.so_reuseport", 0),
+    # Only identity: KV does not compress, and a small message must not become a large one.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    # A host that vanishes says no word: its session ends half a minute later, its extents with it.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Clients ask in the same way; by default that would count as an attack.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+
+_STATUS = {
+    InvalidRequest.code: grpc.StatusCode.INVALID_ARGUMENT,
+    LayoutMismatch.code: grpc.StatusCode.FAILED_PRECONDITION,
+    TooLarge.code: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UnknownLease.code: grpc.StatusCode.NOT_FOUND,
+    AccessDenied.code: grpc.StatusCode.PERMISSION_DENIED,
+    LeaseExpired.code: grpc.StatusCode.FAILED_PRECONDITION,
+    Corrupt.code: grpc.StatusCode.DATA_LOSS,
+    DeadlineExceeded.code: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Unavailable.code: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class GrpcServer:
+    """Serves `kvd.v1.Kvd`, health and reflection. `port` is the one that TCP got, 0 without TCP."""
+
+    def __init__(self, store: ChunkStore, facts: admin.Facts) -> None:
+        self.port = 0
+        self._store = store
+        self._facts = facts
+        self._num_sessions = 0
+        self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
+        _add_service(self._server, self._servicer())
+        health_pb2_grpc.add_HealthServicer_to_server(_health_servicer(facts), self._server)
+        names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+
+    @classmethod
+    async def start(cls, config: Config, store: ChunkStore, facts: admin.Facts) -> GrpcServer:
+        """A server that listens where `config` says. Raises `ConfigError`: then nothing is left."""
+        self = cls(store, facts)
+        try:
+            if config.grpc_socket_path is not None:
+                _listen_unix(self._server, config.grpc_socket_path, config.socket_group)
+                log.info("event=grpc_listening socket=%s", config.grpc_socket_path)
+            if config.listen:
+                self.port = _listen_tcp(self._server, config)
+                log.info("event=grpc_listening port=%d tls=%s", self.port, config.has_tls)
+            await self._server.start()
+        except BaseException:
+            await self._server.stop(None)
+            raise
+        return self
+
+    async def close(self) -> None:
+        """Take no more calls and end all sessions."""
+        await self._server.stop(None)
+
+    def _servicer(self) -> SimpleNamespace:
+        store = self._store
+        return SimpleNamespace(
+            Session=self._session,
+            Lookup=self._unary(partial(lookup, store)),
+            Status=self._unary(partial(admin.status, store, self._facts)),
+            List=self._unary(partial(admin.list_chunks, store)),
+            Clear=self._unary(partial(admin.clear, store)),
+            Hold=self._unary(partial(admin.hold, store)),
+        )
+
+    async def _session(self, _: object, context: Any) -> None:
+        if self._num_sessions >= SESSIONS_MAX:
+            message = f"{SESSIONS_MAX} gRPC sessions are open already"
+            log.warning("event=client_refused reason=%r", message)
+            await _abort(context, Unavailable(message), grpc.StatusCode.RESOURCE_EXHAUSTED)
+        session = Session(self._store, self._facts, has_arena=False)
+        self._num_sessions += 1
+        self._facts.num_sessions += 1
+        peer = context.peer()
+        log.info("event=session_opened session=%d peer=%s", session.id, peer)
+        try:
+            await _converse(session, context)
+        finally:
+            # Whatever ended the stream: its end, an error, or the cancellation of this very task.
+            num_leases = len(session.leases)
+            session.close()
+            self._num_sessions -= 1
+            self._facts.num_sessions -= 1
+            log.info("event=session_closed session=%d leases_taken_back=%d", session.id, num_leases)
+
+    def _unary(self, answer: Callable[[M], R]) -> Callable[[M, Any], Awaitable[R]]:
+        async def handle(message: M, context: Any) -> R:
+            try:
+                return answer(message)
+            except KvdError as error:
+                self._store.counters["request_errors"] += 1
+                return await _abort(context, error)
+            except Exception:
+                # Nothing has changed, as in a session; what went wrong is not the client's.
+                log.exception("event=request_failed verb=%s", type(message).__name__)
+                self._store.counters["internal_errors"] += 1
+                hidden = KvdError("the call failed inside the daemon, see its log")
+                return await _abort(context, hidden)
+
+        return handle
+
+
+async def _converse(session: Session, context: Any) -> None:
+    """Answer each request of a stream before the next one is read, until it ends."""
+    try:
+        async with asyncio.timeout(ATTACH_WITHIN_S):
+            request = await context.read()
+    except TimeoutError:
+        await _abort(context, DeadlineExceeded(f"no attach in {ATTACH_WITHIN_S} s"))
+    while isinstance(request, pb.Request):
+        response = session.handle(request)
+        if request.id or request.WhichOneof("verb") != "release":
+            await context.write(response)
+        request = await context.read()
+
+
+async def _abort(context: Any, error: KvdError, status: grpc.StatusCode | None = None) -> NoReturn:
+    """End a call with the status of `error`, and its own code beside it."""
+    status = status or _STATUS.get(error.code, grpc.StatusCode.INTERNAL)
+    details = str(error)[:ERROR_SIZE_MAX]
+    await context.abort(status, details, trailing_metadata=(("kvd-code", error.code),))
+    raise AssertionError("abort raises")
+
+
+def _add_service(server: grpc.aio.Server, servicer: SimpleNamespace) -> None:
+    # Generated code has no types, and asks of a servicer only that it has the methods' names.
+    kvd_pb2_grpc.add_KvdServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+
+
+def _health_servicer(facts: admin.Facts) -> SimpleNamespace:
+    """grpc.health.v1 out of the facts themselves, so that there is no second state to keep."""
+    names = ("", SERVICE)
+
+    def status(name: str) -> Any:
+        kind = health_pb2.HealthCheckResponse
+        if name not in names:
+            return kind(status=kind.SERVICE_UNKNOWN)
+        return kind(status=kind.SERVING if facts.state == "serving" else kind.NOT_SERVING)
+
+    async def check(message: Any, context: Any) -> Any:
+        if message.service not in names:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"there is {SERVICE} and ''")
+        return status(message.service)
+
+    async def watch(message: Any, _: object) -> AsyncIterator[Any]:
+        last = None
+        while True:
+            if (found := status(message.service)) != last:
+                yield found
+                last = found
+            await asyncio.sleep(HEALTH_LOOK_EVERY_S)
+
+    async def list_all(*_: object) -> Any:
+        # Stubs that type checkers bring along are older than the message.
+        kind = health_pb2.HealthListResponse  # pyright: ignore[reportAttributeAccessIssue]
+        return kind(statuses={name: status(name) for name in names})
+
+    return SimpleNamespace(Check=check, Watch=watch, List=list_all)
+
+
+def _listen_unix(server: grpc.aio.Server, path: Path, group: str) -> None:
+    _check_free(path)
+    # Nobody can connect between bind and chmod: the file has this mode from its first moment.
+    umask = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{quote(str(path.absolute()))}")
+        if group:
+            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+            path.chmod(0o660)
+    except KeyError:
+        raise ConfigError(f"there is no group {group!r} on this machine") from None
+    except OSError as error:
+        raise ConfigError(f"cannot give {path} to group {group}: {error.strerror}") from error
+    except RuntimeError as error:
+        raise ConfigError(f"cannot listen at {path}; choose another --grpc-socket") from error
+    finally:
+        os.umask(umask)
+
+
+def _check_free(path: Path) -> None:
+    """Make sure that what is at `path`, if anything, is the socket of a daemon that is gone.
+
+    gRPC itself would take the name away from a living one.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            return
+    except OSError as error:
+        raise ConfigError(f"directory {path.parent} for the socket: {error.strerror}") from error
+    if not path.is_socket():
+        raise ConfigError(f"{path} exists and is no socket; choose another --grpc-socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except OSError as error:
+            raise ConfigError(f"socket {path} cannot be tried: {error.strerror}") from error
+    raise ConfigError(f"socket {path} is in use; stop its daemon or choose another --grpc-socket")
+
+
+def _listen_tcp(server: grpc.aio.Server, config: Config) -> int:
+    """Listen at `config.listen`, which the config has checked against its TLS; the port."""
+    host, port = parse_address(config.listen)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if not config.has_tls:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, _credentials(config)))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen at {config.listen}: the port is taken or the address not this machine's"
+        ) from error
+
+
+def _credentials(config: Config) -> grpc.ServerCredentials:
+    _check_pem(config)
+    pair = (Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())
+    ca = Path(config.tls_client_ca).read_bytes() if config.tls_client_ca else None
+    return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+
+
+def _check_pem(config: Config) -> None:
+    """Raise `ConfigError` for files that make no TLS; gRPC would only say that it cannot listen."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # An encrypted key would ask for its password on the terminal.
+        context.load_cert_chain(config.tls_cert, config.tls_key, password="")
+        if config.tls_client_ca:
+            context.load_verify_locations(config.tls_client_ca)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"tls_cert {config.tls_cert}, tls_key {config.tls_key} and tls_client_ca "
+            f"{config.tls_client_ca or 'none'} make no TLS: {error}"
+        ) from error

@@ -1,0 +1,95 @@
+"""Fixtures: real daemons, as users start them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvd
+from kvd.errors import Unavailable
+
+# What a daemon may take to say ready on a loaded machine, before a test gives up.
+START_S_MAX = 60
+
+
+class DaemonProcess:
+    """`kvd start` in a process of its own, on a socket below the test's folder."""
+
+    def __init__(self, folder: Path, *flags: str, cpu_size: str = "64MiB") -> None:
+        self.socket = folder / "kvd.sock"
+        self.log = folder / "kvd.log"
+        self._flags = ["--tiers", "cpu", "--cpu-size", cpu_size, "--http", "none", *flags]
+        if "--grpc-socket" not in flags:
+            self._flags += ["--grpc-socket", "none"]
+        self.process = self._start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def connect(self, **options: Any) -> kvd.Client:
+        return kvd.connect(self.socket, **options)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        self.process = self._start()
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=START_S_MAX)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "kvd", "start", "--socket", str(self.socket)]
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [*command, *self._flags], stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+            )
+        give_up = time.monotonic() + START_S_MAX
+        while time.monotonic() < give_up:
+            try:
+                kvd.connect(self.socket, timeout_s=1).close()
+            except Unavailable:
+                assert process.poll() is None, self.log.read_text()
+                time.sleep(0.02)
+            else:
+                return process
+        raise AssertionError(f"no daemon after {START_S_MAX} s: {self.log.read_text()}")
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    """A daemon of 64 MiB."""
+    running = DaemonProcess(tmp_path)
+    yield running
+    if running.process.poll() is None:
+        os.kill(running.pid, signal.SIGCONT)
+        running.kill()
+
+
+@pytest.fixture
+def layout() -> kvd.KVLayout:
+    """Small chunks: `float32 [2, 2, tokens, 2, 8]`, 256 bytes a token, 16 tokens."""
+    return kvd.KVLayout(
+        model="tiny",
+        revision="1",
+        dtype="float32",
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=8,
+        chunk_tokens=16,
+    )

@@ -1,0 +1,116 @@
+"""The arena: sealed, private, populated, and never gone under a reader."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvd.arena import HUGE_PAGE_SIZE, Arena
+from kvd.chunk import Extent
+from kvd.errors import ConfigError, Unavailable
+from kvd.tiers.base import Tier
+from kvd.tiers.cpu import CpuTier
+from tests.contracts.tier import TierContract
+
+SIZE = 4 * HUGE_PAGE_SIZE
+
+
+class TestCpuTier(TierContract):
+    @pytest.fixture
+    def tier(self) -> Tier:
+        return CpuTier(Arena.create(SIZE, huge_pages="never"))
+
+    def test_a_view_is_the_extent_itself(self) -> None:
+        tier = CpuTier(Arena.create(SIZE, huge_pages="never"))
+        extent = tier.allocate(5000)
+        assert extent is not None
+        tier.view(extent)[:] = 7
+        assert tier.arena.bytes[extent.offset + 4999] == 7
+        assert tier.arena.bytes[extent.offset + 5000] == 0
+
+
+def test_nobody_can_shrink_or_grow_it() -> None:
+    arena = Arena.create(SIZE, huge_pages="never")
+    for size in (SIZE // 2, SIZE * 2):
+        with pytest.raises(PermissionError):
+            os.ftruncate(arena.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(arena.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_other_users_cannot_open_it_again() -> None:
+    arena = Arena.create(SIZE, huge_pages="never")
+    assert os.fstat(arena.fd).st_mode & 0o777 == 0o600
+
+
+def test_sizes_are_whole_huge_pages() -> None:
+    assert Arena.create(1, huge_pages="never").size == HUGE_PAGE_SIZE
+
+
+def test_two_mappings_are_one_memory() -> None:
+    arena = Arena.create(SIZE, huge_pages="never")
+    other = Arena.attach(os.dup(arena.fd))
+    other.view(10, 3)[:] = (1, 2, 3)
+    assert list(arena.view(10, 3)) == [1, 2, 3]
+
+
+def test_a_view_outlives_its_arena() -> None:
+    arena = Arena.create(SIZE, huge_pages="never")
+    view = arena.view(0, 100)
+    view[:] = 9
+    arena.close()
+    del arena
+    assert view.sum() == 900
+
+
+@pytest.mark.parametrize(("offset", "size"), [(SIZE, 1), (0, SIZE + 1), (-1, 1), (1, -1)])
+def test_an_extent_outside_is_refused(offset: int, size: int) -> None:
+    arena = Arena.create(SIZE, huge_pages="never")
+    with pytest.raises(Unavailable, match="outside the arena"):
+        arena.view(offset, size)
+
+
+def test_an_arena_that_could_shrink_is_not_attached() -> None:
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, SIZE)
+    with pytest.raises(Unavailable, match="not sealed"):
+        Arena.attach(fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def test_populate_gives_every_page_its_memory_and_says_so() -> None:
+    arena = Arena.create(SIZE, huge_pages="never")
+    # Allocated blocks of 512 bytes: what the file really holds.
+    assert os.fstat(arena.fd).st_blocks == 0
+    arena.view(0, 4)[:] = 5
+    seen: list[int] = []
+    arena.populate(seen.append)
+    assert os.fstat(arena.fd).st_blocks * 512 == SIZE
+    assert seen[-1] == SIZE
+    assert list(arena.view(0, 4)) == [5, 5, 5, 5]
+
+
+def test_map_in_changes_no_byte() -> None:
+    arena = Arena.create(SIZE, huge_pages="never")
+    arena.bytes[:] = np.arange(SIZE, dtype=np.uint8)
+    other = Arena.attach(os.dup(arena.fd))
+    other.map_in(HUGE_PAGE_SIZE - 5, HUGE_PAGE_SIZE)
+    other.map_in(SIZE - 1, 1)
+    assert np.array_equal(other.bytes, np.arange(SIZE, dtype=np.uint8))
+
+
+def test_huge_pages_that_are_not_there_are_a_clear_error() -> None:
+    free = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    if free.exists() and int(free.read_text()) * HUGE_PAGE_SIZE >= 1 << 40:
+        pytest.skip("this machine has a TiB of huge pages")
+    with pytest.raises(ConfigError, match=r"524288 of 2 MiB wanted.*nr_hugepages=524288"):
+        Arena.create(1 << 40, huge_pages="require")
+
+
+def test_an_extent_survives_as_numbers() -> None:
+    assert Extent("cpu", 4096, 10) == Extent(tier="cpu", offset=4096, size=10)
