@@ -1,4 +1,4 @@
-"""What the benchmarks share: pairs of samples and their ratio, figures and tables, the host, a daemon.
+"""What the benchmarks share: pairs of samples, figures, tables, facts of the host, a daemon.
 
 A machine's speed drifts by more than what we want to see, from minute to minute. So nothing is
 compared with a number of another run: each sample of one thing is taken next to a sample of the
@@ -18,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -38,6 +39,8 @@ START_S_MAX = 300.0
 STOP_S_MAX = 15.0
 
 Row = Mapping[str, object]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +152,9 @@ def interleave(
     return found
 
 
-def in_turn(indices: Sequence[int], number: int) -> Sequence[int]:
-    """The order of round `number`: forward, backward, forward."""
-    return indices[::-1] if number % 2 else indices
+def in_turn(things: Sequence[T], number: int) -> Sequence[T]:
+    """`things` in the order of round `number`: forward, backward, forward."""
+    return things[::-1] if number % 2 else things
 
 
 def significant(value: float, digits: int = 4) -> float:
@@ -192,6 +195,27 @@ def cpu_ns(pid: int) -> int:
     and /proc/<pid>/schedstat one thread. CPUCLOCK_SCHED is 2 (linux/posix-timers.h).
     """
     return time.clock_gettime_ns(~pid << 3 | 2)
+
+
+@contextmanager
+def on_cores(client: int, server: int, pids: Iterable[int]) -> Iterator[None]:
+    """This thread on one core and the processes `pids`, all their threads, on another.
+
+    Where the scheduler puts the two ends of a socket decides a round trip more than all code does:
+    5 us on one core that switches between them, 50 us where each sleeps on its own and has to be
+    woken. Who compares two ways of asking gives both the same place.
+    """
+    before = os.sched_getaffinity(0)
+    places = {0: {client}}
+    for pid in pids:
+        places |= {int(task.name): {server} for task in Path(f"/proc/{pid}/task").iterdir()}
+    for task_id, cores in places.items():
+        os.sched_setaffinity(task_id, cores)
+    try:
+        yield
+    finally:
+        for task_id in places:
+            os.sched_setaffinity(task_id, before)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ and what a million chunks change.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from benchmarks.common import (
     Row,
     interleave,
     memory_available,
+    on_cores,
     private_size,
     progress_bar,
     ratio_of,
@@ -32,12 +34,12 @@ from benchmarks.common import (
 from benchmarks.local_routes import CALL_S_MAX, layout_of, new_key
 from kvd.client import Client
 from kvd.keys import ChunkKey
-from kvd.layout import KVLayout
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.limits import MESSAGE_SIZE_MAX
 
 # The directory's chunks: the smallest extents there are, 16 bytes a token.
-LAYOUT: KVLayout = layout_of(4096)
+LAYOUT = layout_of(4096)
+CHUNK_SIZE = LAYOUT.size(LAYOUT.chunk_tokens)
 CHAIN_CHUNKS = 512
 FEW_CHUNKS, MANY_CHUNKS = 1_000, 1_000_000
 
@@ -51,29 +53,42 @@ CHAINS_KEPT = 64
 Keys = list[ChunkKey]
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A daemon with chains in its directory, and a client that asks for them."""
+
+    client: Client
+    daemon: Daemon
+    chains: list[Keys]
+
+
 def measure_questions(*, rounds: int, calls: int) -> tuple[list[Figure], list[Row]]:
     """The figures of view, lookups and directory, and a row for everything timed.
 
-    A sample is the median of a block of `calls`, and blocks alternate: `rounds` of each.
+    A sample is the median of a block of `calls`, and blocks alternate: `rounds` of each. Client and
+    server have a core each, as an engine that works and a daemon that waits have.
     """
-    with running_daemon(
-        cpu_size=FEW_CHUNKS * LAYOUT.size(LAYOUT.chunk_tokens) + SPARE_SIZE
-    ) as few_daemon:
-        few = kvd.connect(few_daemon.socket, timeout_s=CALL_S_MAX)
+    timed = Timed(calls)
+    with running_daemon(cpu_size=FEW_CHUNKS * CHUNK_SIZE + SPARE_SIZE) as daemon:
+        client = kvd.connect(daemon.socket, timeout_s=CALL_S_MAX)
         tokens = np.random.default_rng(0).integers(1 << 17, size=CHAIN_CHUNKS * LAYOUT.chunk_tokens)
         first = kvd.chain_keys(LAYOUT.fingerprint, tokens, chunk_tokens=LAYOUT.chunk_tokens)
-        chains = fill(few, FEW_CHUNKS, first=first)
-        timed = Timed(calls)
-        figures = measure_echoes(few, tokens, first, timed, rounds)
-        figures += measure_many(few, chains, timed, rounds)
-        few.close()
+        few = Asked(client, daemon, fill(client, FEW_CHUNKS, first=first))
+        figures = measure_echoes(few, tokens, timed, rounds)
+        figures += measure_many(few, timed, rounds)
+        client.close()
     return figures, timed.rows()
 
 
 def measure_echoes(
-    client: Client, tokens: NDArray[np.int64], keys: Keys, timed: Timed, rounds: int
+    asked: Asked, tokens: NDArray[np.int64], timed: Timed, rounds: int
 ) -> list[Figure]:
-    """View and lookups of one chain against a blocking echo with messages of the same sizes."""
+    """View and lookups of one chain against a blocking echo with messages of the same sizes.
+
+    The same with both ends on one core goes into the table alone: there no sleeping core hides
+    what the software costs.
+    """
+    client, keys = asked.client, asked.chains[0]
 
     def view() -> None:
         with client.pin(LAYOUT, keys[:1]) as lease:
@@ -85,26 +100,34 @@ def measure_echoes(
     def lookup_tokens() -> None:
         assert client.lookup_tokens(LAYOUT, tokens) == tokens.size
 
-    with echo(view_sizes()) as bare_view, echo(lookup_sizes()) as bare_lookup:
+    def measure(cores: str, client_core: int, server_core: int) -> list[list[float]]:
         measures = [
-            timed.block("echo, bytes of a view", bare_view),
-            timed.block("view", view),
-            timed.block("echo, bytes of a lookup", bare_lookup),
-            timed.block("lookup of 512 keys", lookup),
-            timed.block("lookup of 131,072 tokens", lookup_tokens, share=10),
+            timed.block("echo, bytes of a view", cores, of_view.ask),
+            timed.block("view", cores, view),
+            timed.block("echo, bytes of a lookup", cores, of_lookup.ask),
+            timed.block("lookup of 512 keys", cores, lookup),
+            timed.block("lookup of 131,072 tokens", cores, lookup_tokens, share=10),
         ]
-        with progress_bar("view and lookup", rounds) as tick:
-            of_view, view_ns, of_lookup, lookup_ns, tokens_ns = interleave(measures, rounds, tick)
+        pids = (asked.daemon.pid, of_view.pid, of_lookup.pid)
+        with (
+            on_cores(client_core, server_core, pids),
+            progress_bar(f"view and lookup, cores: {cores}", rounds) as tick,
+        ):
+            return interleave(measures, rounds, tick)
+
+    with echo(view_sizes()) as of_view, echo(lookup_sizes()) as of_lookup:
+        view_echo, views, lookup_echo, lookups, token_lookups = measure("two", *two_cores())
+        measure("one", two_cores()[0], two_cores()[0])
     return [
-        _at_most("view_vs_echo", ratio_of(view_ns, of_view), 2.0),
-        _at_most("lookup_512_keys_vs_echo", ratio_of(lookup_ns, of_lookup), 6.0),
-        _at_most("lookup_512_tokens_vs_echo", ratio_of(tokens_ns, of_lookup), 25.0),
+        _at_most("view_vs_echo", ratio_of(views, view_echo), 2.0),
+        _at_most("lookup_512_keys_vs_echo", ratio_of(lookups, lookup_echo), 6.0),
+        _at_most("lookup_512_tokens_vs_echo", ratio_of(token_lookups, lookup_echo), 25.0),
     ]
 
 
-def measure_many(few: Client, chains: Sequence[Keys], timed: Timed, rounds: int) -> list[Figure]:
+def measure_many(few: Asked, timed: Timed, rounds: int) -> list[Figure]:
     """A lookup among a million chunks against one among a thousand, and a chunk's private bytes."""
-    arena_size = MANY_CHUNKS * LAYOUT.size(LAYOUT.chunk_tokens) + SPARE_SIZE
+    arena_size = MANY_CHUNKS * CHUNK_SIZE + SPARE_SIZE
     wanted = arena_size + MANY_CHUNKS * ENTRY_SIZE_MAX
     if memory_available() < wanted:
         note = f"{wanted >> 20} MiB of memory wanted, {memory_available() >> 20} MiB available"
@@ -113,19 +136,21 @@ def measure_many(few: Client, chains: Sequence[Keys], timed: Timed, rounds: int)
             Figure.missing("bytes_per_chunk", note, target=700, at_least=False, unit="bytes"),
         ]
     with running_daemon(cpu_size=arena_size) as daemon:
-        many = kvd.connect(daemon.socket, timeout_s=CALL_S_MAX)
-        kept, per_chunk = _fill_many(many, daemon)
-        in_few, in_many = _lookups(few, chains), _lookups(many, kept)
+        client = kvd.connect(daemon.socket, timeout_s=CALL_S_MAX)
+        chains, per_chunk = _fill_many(client, daemon)
         measures = [
-            timed.block("lookup of 512 keys among 1,000 chunks", in_few),
-            timed.block("lookup of 512 keys among 1,000,000", in_many),
+            timed.block("lookup of 512 keys among 1,000", "two", _lookups(few.client, few.chains)),
+            timed.block("lookup of 512 keys among 1,000,000", "two", _lookups(client, chains)),
         ]
-        with progress_bar("lookup among a million", rounds) as tick:
-            few_ns, many_ns = interleave(measures, rounds, tick)
-        many.close()
+        with (
+            on_cores(*two_cores(), (few.daemon.pid, daemon.pid)),
+            progress_bar("lookup among a million", rounds) as tick,
+        ):
+            in_few, in_many = interleave(measures, rounds, tick)
+        client.close()
     bytes_per_chunk = Median(value=per_chunk, low=per_chunk, high=per_chunk, samples=1)
     return [
-        _at_most("lookup_1M_vs_1k", ratio_of(many_ns, few_ns), 1.2),
+        _at_most("lookup_1M_vs_1k", ratio_of(in_many, in_few), 1.2),
         Figure.of("bytes_per_chunk", bytes_per_chunk, target=700, at_least=False, unit="bytes"),
     ]
 
@@ -157,8 +182,14 @@ def _fill_many(client: Client, daemon: Daemon) -> tuple[list[Keys], float]:
 
 
 def _lookups(client: Client, chains: Sequence[Keys]) -> Callable[[], None]:
-    """A lookup of the next whole chain with each call."""
-    turn = cycle([keys for keys in chains if len(keys) == CHAIN_CHUNKS])
+    """A lookup of the next whole chain with each call, from as many lists of keys however many
+    chains there are: the client's own cache misses are not the directory's.
+    """
+    whole = [keys for keys in chains if len(keys) == CHAIN_CHUNKS]
+    lists = [[ChunkKey(bytes(bytearray(key))) for key in keys] for keys in whole]
+    while len(lists) < CHAINS_KEPT:
+        lists += [[ChunkKey(bytes(bytearray(key))) for key in keys] for keys in whole]
+    turn = cycle(lists)
 
     def lookup() -> None:
         assert client.lookup(next(turn)) == CHAIN_CHUNKS
@@ -171,11 +202,13 @@ class Timed:
 
     def __init__(self, calls: int) -> None:
         self._calls = calls
-        self._times_us: dict[str, list[float]] = {}
+        self._times_us: dict[tuple[str, str], list[float]] = {}
 
-    def block(self, label: str, call: Callable[[], None], *, share: int = 1) -> Callable[[], float]:
+    def block(
+        self, label: str, cores: str, call: Callable[[], None], *, share: int = 1
+    ) -> Callable[[], float]:
         """What measures the median ns of one block of calls; of a `share`-th of them if slow."""
-        times_us = self._times_us.setdefault(label, [])
+        times_us = self._times_us.setdefault((label, cores), [])
 
         def measure() -> float:
             clock = time.perf_counter_ns
@@ -194,11 +227,12 @@ class Timed:
         return [
             {
                 "question": label,
+                "cores": cores,
                 "p50_us": significant(float(np.percentile(times_us, 50))),
                 "p99_us": significant(float(np.percentile(times_us, 99))),
                 "calls": len(times_us),
             }
-            for label, times_us in self._times_us.items()
+            for (label, cores), times_us in self._times_us.items()
         ]
 
 
@@ -227,13 +261,22 @@ def lookup_sizes() -> Sizes:
     return Sizes(request.ByteSize(), answer.ByteSize())
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A process that answers at once and does nothing else; `ask` waits for one answer."""
+
+    ask: Callable[[], None]
+    pid: int
+
+
 @contextmanager
-def echo(sizes: Sizes) -> Iterator[Callable[[], None]]:
-    """A process that answers at once and does nothing else; yields what asks it once."""
+def echo(sizes: Sizes) -> Iterator[Echo]:
+    """An echo whose messages have these sizes."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_answer, args=(theirs, sizes.answer), daemon=True)
     process.start()
+    theirs.close()
     request = bytes(sizes.request)
 
     def ask() -> None:
@@ -241,10 +284,11 @@ def echo(sizes: Sizes) -> Iterator[Callable[[], None]]:
         ours.recv(MESSAGE_SIZE_MAX)
 
     try:
-        ask()
-        yield ask
+        ours.send(request)
+        assert len(ours.recv(MESSAGE_SIZE_MAX)) == sizes.answer
+        assert process.pid is not None
+        yield Echo(ask, process.pid)
     finally:
-        theirs.close()
         ours.close()
         process.join()
 
@@ -253,6 +297,12 @@ def _answer(peer: socket.socket, size: int) -> None:
     answer = bytes(size)
     while peer.recv(MESSAGE_SIZE_MAX):
         peer.send(answer)
+
+
+def two_cores() -> tuple[int, int]:
+    """A core for the client and one for the server; the same one where there is no other."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[0], cores[-1]
 
 
 def _at_most(name: str, median: Median, target: float) -> Figure:

@@ -24,7 +24,6 @@ import kvd
 from benchmarks.common import huge_share
 from kvd.keys import ChunkKey
 
-
 # 256 tokens a chunk, as engines of kvd use it: the layouts below differ in bytes a token.
 CHUNK_TOKENS = 256
 CALL_S_MAX = 60.0
@@ -195,10 +194,7 @@ def run_client(pipe: Connection, setup: Setup) -> None:
     with suppress(EOFError, KeyboardInterrupt):
         while True:
             order = pipe.recv()
-            if isinstance(order, Prepare):
-                pipe.send(client.prepare(order))
-            else:
-                pipe.send(client.run(order))
+            pipe.send(client.run(order) if isinstance(order, Run) else client.prepare(order))
 
 
 class _Client:
@@ -226,10 +222,11 @@ class _Client:
             "memcpy, first touch": FirstTouch(source, target, pool),
         }
 
-    def prepare(self, order: Prepare) -> None:
+    def prepare(self, order: Prepare) -> str:
         self._memcpy.num_clients = order.num_clients
         for route in self._routes.values():
             route.prepare(order.size, order.keys)
+        return "ready"
 
     def run(self, order: Run) -> Ran:
         call: Callable[[], None] = getattr(self._routes[order.route], order.verb)

@@ -7,6 +7,7 @@ first pays in its memory cgroup.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -30,6 +31,10 @@ POPULATE_STEP_SIZE = 256 << 20
 # linux/mman.h since 5.14; Python has no name for them.
 _MADV_POPULATE_WRITE = 23
 _MADV_DONTFORK = 10
+_MADV_HUGEPAGE = 14
+
+# linux/memfd.h since 6.3: memory that can never be run as a program.
+_MFD_NOEXEC_SEAL = 8
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -49,6 +54,9 @@ class Arena:
         # A forked child must not hold the arena: the daemon would take its parent's death for the
         # end of all writing.
         self._map.madvise(_MADV_DONTFORK)
+        with contextlib.suppress(OSError):
+            # Takes effect where /sys/kernel/mm/transparent_hugepage/shmem_enabled is "advise".
+            self._map.madvise(_MADV_HUGEPAGE)
         self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self._populated = bytearray(-(-size // HUGE_PAGE_SIZE))
 
@@ -65,8 +73,7 @@ class Arena:
                 f"{huge_pages_free()} free; reserve them with "
                 f"`sysctl vm.nr_hugepages={size // HUGE_PAGE_SIZE}` or start with --huge-pages auto"
             )
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB if use_huge else 0)
-        fd = os.memfd_create("kvd-arena", flags)
+        fd = _memfd(os.MFD_HUGETLB if use_huge else 0)
         try:
             os.ftruncate(fd, size)
             os.fchmod(fd, 0o600)
@@ -137,6 +144,17 @@ class Arena:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _memfd(flags: int) -> int:
+    flags |= os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        return os.memfd_create("kvd-arena", flags | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        # Before Linux 6.3 there is no such flag, and no setting that demands it.
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create("kvd-arena", flags)
 
 
 def huge_pages_free() -> int:

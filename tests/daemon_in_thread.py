@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,8 +35,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def run(self, work: Awaitable[T]) -> T:
         """What `work` comes to, on the loop."""
@@ -53,10 +53,17 @@ class Loop:
 
         return self.run(whole())
 
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(PATIENCE_S)
-        self._loop.close()
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Return when `condition` holds between two requests."""
+        give_up = time.monotonic() + PATIENCE_S
+        while not self.call(condition):
+            assert time.monotonic() < give_up, "it did not come to pass"
+
+
+@cache
+def shared_loop() -> Loop:
+    """The loop of all tests: gRPC's asyncio wants one in a process."""
+    return Loop()
 
 
 class DaemonInThread:
@@ -65,9 +72,14 @@ class DaemonInThread:
     def __init__(self, folder: Path, **options: Any) -> None:
         options = {"cpu_size": 64 << 20, "huge_pages": "never", "http": "none", **options}
         self.config = Config(socket=folder / "kvd.sock", **options)
-        self.loop = Loop()
+        self.loop = shared_loop()
         self.port = 0
+        self._is_running = False
         self.start()
+
+    @property
+    def local(self) -> Path:
+        return self.config.socket
 
     @property
     def unix(self) -> str:
@@ -79,14 +91,18 @@ class DaemonInThread:
 
     def start(self) -> None:
         """A new run: another instance, an empty store, the same sockets."""
-        arena = Arena.create(self.config.cpu_size, huge_pages="never")
-        self.store = ChunkStore(CpuTier(arena), Lru())
+        self._arena = Arena.create(self.config.cpu_size, huge_pages="never")
+        self.store = ChunkStore(CpuTier(self._arena), Lru())
         self.facts = Facts(pid=os.getpid(), state="serving")
-        self.loop.run(self._listen(arena))
+        try:
+            self.loop.run(self._listen())
+        except BaseException:
+            self._arena.close()
+            raise
+        self._is_running = True
 
-    async def _listen(self, arena: Arena) -> None:
-        self._arena = arena
-        self._local = LocalServer(self.config.socket, arena, self.store, self.facts)
+    async def _listen(self) -> None:
+        self._local = LocalServer(self.config.socket, self._arena, self.store, self.facts)
         try:
             self._grpc = await GrpcServer.start(self.config, self.store, self.facts)
         except BaseException:
@@ -97,24 +113,21 @@ class DaemonInThread:
     async def _unlisten(self) -> None:
         await self._grpc.close()
         self._local.close()
-        self._arena.close()
 
     def stop(self) -> None:
-        self.loop.run(self._unlisten())
+        if self._is_running:
+            self._is_running = False
+            self.loop.run(self._unlisten())
+            self._arena.close()
 
-    def close(self) -> None:
-        self.stop()
-        self.loop.close()
+    def connect(self, address: str | Path = "", **options: Any) -> kvd.Client:
+        return kvd.connect(address or self.unix, **{"timeout_s": PATIENCE_S, **options})
 
-    def connect(self, address: str = "", **options: Any) -> kvd.Client:
-        return kvd.connect(address or self.unix, timeout_s=PATIENCE_S, **options)
-
-    def check(self) -> None:
-        """Every invariant of the store."""
+    def is_empty(self) -> bool:
+        """Whether nothing is stored, reserved or pinned; asserts all invariants."""
         self.loop.call(self.store.check)
+        return not (self.store.tier.num_extents or self.store.num_reserved or self.store.num_pinned)
 
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Return when `condition` holds between two requests."""
-        give_up = time.monotonic() + PATIENCE_S
-        while not self.loop.call(condition):
-            assert time.monotonic() < give_up, "it did not come to pass"
+    def until_sessions(self, count: int) -> None:
+        """Return when `count` sessions are open."""
+        self.loop.until(lambda: self.facts.num_sessions == count)

@@ -447,5 +447,6 @@ def test_operators_hold_list_and_clear(daemon: DaemonProcess, layout: kvd.KVLayo
         assert [chunk.key for chunk in page.chunks if chunk.is_held] == [keys[2]]
         assert client.hold(keys, False) == 3
         assert client.clear(category="other") == (0, 0)
+        assert client.clear([]) == (0, 0)
         assert client.clear(layout=layout.fingerprint) == (3, 3 * layout.size(16))
         assert audit(client).tiers[0].used == 0

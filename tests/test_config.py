@@ -316,18 +316,15 @@ class TestValues:
         assert Config(grpc_socket="none").grpc_socket_path is None
 
     def test_both_sockets_at_one_path_are_refused(self) -> None:
-        with pytest.raises(ConfigError, match="are the same path, /a.sock"):
+        with pytest.raises(ConfigError, match=r"are the same path, /a\.sock"):
             Config(socket=Path("/a.sock"), grpc_socket="/a.sock")
 
 
 class TestTls:
-    def test_listening_beyond_loopback_needs_mutual_tls(self) -> None:
-        with pytest.raises(
-            ConfigError, match=r"listen 0.0.0.0:1 .*without tls_cert, tls_key and tls_client_ca"
-        ):
+    def test_listening_beyond_loopback_needs_tls(self) -> None:
+        with pytest.raises(ConfigError, match=r"listen 0.0.0.0:1 .*without tls_cert and tls_key"):
             Config(listen="0.0.0.0:1")
-        with pytest.raises(ConfigError, match=r"without tls_client_ca anybody there could read"):
-            Config(listen="node:1", tls_cert="c", tls_key="k")
+        assert Config(listen="node:1", tls_cert="c", tls_key="k").has_tls
         assert Config(listen="0.0.0.0:1", tls_cert="c", tls_key="k", tls_client_ca="a").has_tls
 
     def test_listening_beyond_loopback_goes_without_tls_if_told_so(self) -> None:
@@ -353,7 +350,7 @@ class TestMachine:
         check_machine(Config(), make_machine(tmp_path))
 
     def test_tier_that_does_not_exist_lists_those_that_do(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"tier 'gpu' does not exist here; there is: cpu \("):
+        with pytest.raises(ConfigError, match=r"tier 'gpu' does not exist here; there is: cpu$"):
             check_machine(Config(tiers=("gpu", "cpu")), make_machine(tmp_path))
 
     def test_policy_that_does_not_exist_lists_those_that_do(self, tmp_path: Path) -> None:

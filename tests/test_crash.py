@@ -76,7 +76,7 @@ def goes_on(clients: list[CrashClient]) -> None:
 
 
 def only_live_sessions_hold_anything(daemon: DaemonProcess, num_clients: int) -> None:
-    """The dead client's session is gone, and the daemon's books balance with the survivors at work."""
+    """The dead client's session is gone, and the books balance with the survivors at work."""
     with daemon.connect(timeout_s=PATIENCE_S) as monitor:
         until(
             lambda: monitor.status(audit=True).num_sessions <= num_clients + 1,

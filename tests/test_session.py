@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,12 @@ def stored(session: Session, keys: list[bytes]) -> None:
 
 def snapshot(store: ChunkStore) -> tuple[int, int, int, int]:
     store.check()
-    return len(store.directory), store.tier.used, store.num_leases, len(store.layouts)
+    return (
+        len(store.directory),
+        store.tier.used,
+        store.num_pinned + store.num_reserved,
+        len(store.layouts),
+    )
 
 
 def valid_requests() -> list[bytes]:
@@ -112,7 +118,7 @@ def survives(packet: bytes) -> None:
         store.check()
         session.close()
         store.check()
-        assert store.num_leases == 0
+        assert (store.num_pinned, store.num_reserved) == (0, 0)
     assert ask(honest, status=pb.StatusRequest(audit=True)).HasField("status")
 
 
@@ -227,7 +233,7 @@ def test_well_formed_lies_are_survived(verbs: list[dict], has_arena: bool) -> No
         store.check()
     session.close()
     store.check()
-    assert store.num_leases == 0
+    assert (store.num_pinned, store.num_reserved) == (0, 0)
 
 
 def test_a_request_of_a_newer_client_is_refused_by_name() -> None:
@@ -330,9 +336,9 @@ def test_a_session_that_ends_gives_back_all_it_had() -> None:
     session = new_session(store)
     ask(session, reserve=reserve(KEYS[1:], parent=KEYS[0], start=16))
     ask(session, pin=pb.PinRequest(keys=KEYS[0], layout=LAYOUT.fingerprint))
-    assert store.num_leases == 2
+    assert (store.num_pinned, store.num_reserved) == (1, 3)
     session.close()
-    assert store.num_leases == 0
+    assert (store.num_pinned, store.num_reserved) == (0, 0)
     assert store.tier.num_extents == 1
     store.check()
 
@@ -394,13 +400,70 @@ def test_clear_and_list_come_in_pages() -> None:
     assert sorted(listed) == sorted(KEYS)
     assert rest.cursor == 0
     assert layout_from_message(page.layouts[0]) == LAYOUT
-    # The chain's first chunk takes the others with it.
     assert ask(session, clear=pb.ClearRequest(keys=KEYS[3])).clear.count == 1
-    reply = ask(session, clear=pb.ClearRequest(limit=1)).clear
-    assert reply.count >= 1
+    # One chunk is looked at a call; the first of the chain takes the others with it.
+    cursor, dropped = 0, 0
+    is_partial = True
+    while is_partial:
+        reply = ask(session, clear=pb.ClearRequest(limit=1, cursor=cursor)).clear
+        cursor, dropped, is_partial = reply.cursor, dropped + reply.count, reply.is_partial
+    assert dropped == 3
     assert ask(session, clear=pb.ClearRequest()).clear.is_partial is False
     assert len(store.directory) == 0
     store.check()
+
+
+def test_clear_walks_past_what_stays() -> None:
+    store = new_store()
+    session = new_session(store)
+    for number in range(6):
+        key = chain_keys(LAYOUT.fingerprint, [number] * 16, chunk_tokens=16)
+        lease = ask(session, reserve=reserve(key, category="odd" if number % 2 else "even")).reserve
+        ask(session, commit=pb.CommitRequest(lease=lease.lease))
+    cursor, dropped = 0, 0
+    is_partial = True
+    while is_partial:
+        message = pb.ClearRequest(limit=2, cursor=cursor, category="even")
+        reply = ask(session, clear=message).clear
+        cursor, dropped, is_partial = reply.cursor, dropped + reply.count, reply.is_partial
+    assert dropped == 3
+    assert {entry.meta.category for entry in store.directory} == {"odd"}
+
+
+def test_a_page_of_many_layouts_fits_a_packet() -> None:
+    store = new_store()
+    session = new_session(store)
+    for number in range(60):
+        layout = replace(LAYOUT, model="m" * 3000 + str(number), num_layers=1, num_kv_heads=1)
+        ask(session, declare=pb.DeclareRequest(layout=layout_to_message(layout)))
+        root = layout.fingerprint
+        keys = chain_keys(root, range(16), chunk_tokens=16)
+        lease = ask(session, reserve=reserve(keys, layout=root, parent=root)).reserve.lease
+        ask(session, commit=pb.CommitRequest(lease=lease))
+    cursor, seen = 0, 0
+    while True:
+        answer = session.handle_packet(
+            pb.Request(id=1, list=pb.ListRequest(cursor=cursor)).SerializeToString()
+        )
+        assert answer is not None
+        page = pb.Response.FromString(answer).list
+        seen, cursor = seen + len(page.chunks), page.cursor
+        if not cursor:
+            break
+    assert seen == 60
+
+
+def test_a_listing_does_not_show_salts() -> None:
+    store = new_store()
+    session = new_session(store)
+    salted = replace(LAYOUT, salt="a tenant's secret")
+    ask(session, declare=pb.DeclareRequest(layout=layout_to_message(salted)))
+    root = salted.fingerprint
+    message = reserve(chain_keys(root, range(16), chunk_tokens=16), layout=root, parent=root)
+    ask(session, commit=pb.CommitRequest(lease=ask(session, reserve=message).reserve.lease))
+    page = ask(session, list=pb.ListRequest()).list
+    assert b"secret" not in page.SerializeToString()
+    assert page.layouts[0].salt.startswith("#")
 
 
 def test_clear_keeps_what_does_not_match_or_is_pinned() -> None:

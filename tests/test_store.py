@@ -166,7 +166,7 @@ class StoreMachine(RuleBasedStateMachine):
         if entry is not None:
             family = list(entry.descendants())
             is_pinned = any(member.is_pinned for member in family)
-            assert self.store.drop(entry)[0] == (0 if is_pinned else len(family))
+            assert self.store.drop([entry])[0] == (0 if is_pinned else len(family))
 
     @rule(step_ns=st.integers(1, 3 * S))
     def time_passes(self, step_ns: int) -> None:
@@ -359,7 +359,7 @@ def test_a_dropped_chunk_takes_what_continues_it() -> None:
     put(store, [1, 2])
     entry = store.directory.get(key_of([1]))
     assert entry is not None
-    assert store.drop(entry)[0] == 4
+    assert store.drop([entry])[0] == 4
     assert len(store.directory) == 0
     store.check()
 
@@ -398,7 +398,7 @@ def test_a_refused_reservation_changes_nothing(
     with pytest.raises(error, match=message):
         store.reserve(metas, lease_ns=S, now_ns=0)
     assert len(store.directory) == 1
-    assert store.num_leases == 0
+    assert (store.num_pinned, store.num_reserved) == (0, 0)
     store.check()
 
 
@@ -420,7 +420,7 @@ def test_a_chunk_of_another_layout_is_an_error_and_pins_nothing() -> None:
         store.pin(
             keys_of([1, 1]), Fingerprint(OTHER.fingerprint), standalone=False, lease_ns=S, now_ns=0
         )
-    assert store.num_leases == 0
+    assert (store.num_pinned, store.num_reserved) == (0, 0)
     store.check()
 
 

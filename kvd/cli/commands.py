@@ -172,7 +172,8 @@ def clear(
         fingerprint = resolve_layout(client, layout)
         if is_all and not is_meant:
             _confirm(client, is_json)
-        count, size = client.clear(resolved, category=category, layout=fingerprint)
+        named = resolved if keys else None
+        count, size = client.clear(named, category=category, layout=fingerprint)
     if is_json:
         print_json({"count": count, "size": size})
     else:

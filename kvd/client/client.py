@@ -6,6 +6,7 @@ later one attaches anew: an engine computes in the meantime, it never waits.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from kvd.client.connection import Connection, LocalConnection
 from kvd.client.lease import Lease, Reservation
-from kvd.errors import InvalidRequest, Unavailable
+from kvd.errors import AccessDenied, InvalidRequest, Unavailable
 from kvd.keys import ChunkKey, chain_keys, join_keys
 from kvd.layout import KVLayout
 from kvd.proto import kvd_pb2 as pb
@@ -63,7 +64,10 @@ def connect(
                 tls_cert=tls_cert,
                 tls_key=tls_key,
             )
-        return LocalConnection(Path(address or default_socket()), name=name, timeout_s=timeout_s)
+        path = Path(address) if address else default_socket()
+        if not address:
+            _check_owner(path.parent)
+        return LocalConnection(path, name=name, timeout_s=timeout_s)
 
     return Client(attach, timeout_s=timeout_s, verify=verify)
 
@@ -246,7 +250,7 @@ class Client:
 
     def clear(
         self,
-        keys: Sequence[ChunkKey] = (),
+        keys: Sequence[ChunkKey] | None = None,
         *,
         category: str = "",
         layout: bytes = b"",
@@ -256,13 +260,13 @@ class Client:
         dropped.
         """
         count = size = 0
-        parts = split_parts(keys) or [()]
-        for part in parts:
+        for part in [()] if keys is None else split_parts(keys):
             message = pb.ClearRequest(keys=join_keys(part), category=category, layout=layout)
             is_partial = True
             while is_partial:
                 reply = self._call(pb.Request(clear=message), timeout_s).clear
                 count, size, is_partial = count + reply.count, size + reply.size, reply.is_partial
+                message.cursor = reply.cursor
         return count, size
 
     def hold(
@@ -342,6 +346,17 @@ class Client:
 def split_parts(keys: Sequence[ChunkKey]) -> list[Sequence[ChunkKey]]:
     """`keys` in parts that fit one message each."""
     return [keys[start : start + KEYS_MAX] for start in range(0, len(keys), KEYS_MAX)]
+
+
+def _check_owner(directory: Path) -> None:
+    """Anybody can make the default directory below /tmp first, and listen there for our KV."""
+    try:
+        owner = directory.stat().st_uid
+    except OSError:
+        # Not there: the attach says so.
+        return
+    if owner not in (0, os.geteuid()):
+        raise AccessDenied(f"{directory} belongs to user {owner}; name the daemon's socket instead")
 
 
 def _lease_ns(lease_s: float) -> int:

@@ -40,22 +40,27 @@ class Connection(Protocol):
         Raises `DeadlineExceeded` when it does not come in time: what it will grant is given back as
         soon as it comes. An error answer is raised as the `KvdError` that it names.
         """
+        ...
 
     def release(self, lease: int) -> None:
         """Give a lease back without waiting. Never raises: a session that is over has given back
         everything.
         """
+        ...
 
     def hold_open(self) -> None:
         """Somebody writes into the arena: `close` waits, for the daemon may reuse the bytes after
         it.
         """
+        ...
 
     def let_close(self) -> None:
         """The writer that `hold_open` announced has ended."""
+        ...
 
     def close(self) -> None:
         """End the session, once nobody writes any more."""
+        ...
 
 
 class LocalConnection:

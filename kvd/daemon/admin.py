@@ -5,7 +5,8 @@ clients waiting.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from itertools import islice
 from uuid import uuid4
 
@@ -15,9 +16,10 @@ from kvd.daemon.directory import Entry
 from kvd.daemon.store import ChunkStore
 from kvd.errors import InvalidRequest, KvdError, Unavailable
 from kvd.keys import split_keys
+from kvd.layout import KVLayout
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.convert import layout_to_message
-from kvd.proto.limits import CLEAR_LIMIT_MAX, LIST_LIMIT_MAX
+from kvd.proto.limits import CLEAR_LIMIT_MAX, LIST_LIMIT_MAX, LIST_SIZE_MAX
 
 
 @dataclass
@@ -77,41 +79,46 @@ def list_chunks(store: ChunkStore, message: pb.ListRequest) -> pb.ListReply:
     """
     limit = min(message.limit or LIST_LIMIT_MAX, LIST_LIMIT_MAX)
     reply = pb.ListReply()
+    layouts: dict[bytes, pb.Layout] = {}
+    size = 0
     at = min(message.cursor, len(store.directory))
     # A page looks at a bounded number of chunks too, however few of them match.
     for entry in islice(store.directory, at, at + CLEAR_LIMIT_MAX):
         at += 1
         if _matches(entry, message.category, message.layout):
-            reply.chunks.append(_info(entry))
-            if len(reply.chunks) == limit:
+            info = _info(entry)
+            if info.layout not in layouts:
+                layouts[info.layout] = _described(store.layouts[Fingerprint(info.layout)])
+                size += layouts[info.layout].ByteSize()
+            reply.chunks.append(info)
+            size += info.ByteSize()
+            if len(reply.chunks) == limit or size > LIST_SIZE_MAX:
                 break
     reply.cursor = at if at < len(store.directory) else 0
-    for fingerprint in {chunk.layout for chunk in reply.chunks}:
-        reply.layouts.append(layout_to_message(store.layouts[Fingerprint(fingerprint)]))
+    reply.layouts.extend(layouts.values())
     return reply
 
 
 def clear(store: ChunkStore, message: pb.ClearRequest) -> pb.ClearReply:
-    """Drop chunks that match, and what continues them; pinned families stay."""
-    limit = min(message.limit or CLEAR_LIMIT_MAX, CLEAR_LIMIT_MAX)
+    """Drop chunks that match, and what continues them; families with a pinned chunk stay.
+
+    One call looks at a bounded number of chunks; the cursor of its answer goes on from there.
+    """
     if message.keys:
         found = (store.directory.get(key) for key in split_keys(message.keys))
         entries = [entry for entry in found if entry is not None]
+        at = len(store.directory)
     else:
-        entries = list(store.directory)
-    reply = pb.ClearReply()
-    for entry in entries:
-        if reply.count >= limit:
-            reply.is_partial = True
-            break
-        # A chunk behind an earlier one is gone already.
-        is_here = store.directory.get(entry.meta.key) is entry
-        if is_here and _matches(entry, message.category, message.layout):
-            count, size = store.drop(entry)
-            reply.count += count
-            reply.size += size
-    store.counters["clear_chunks"] += reply.count
-    return reply
+        limit = min(message.limit or CLEAR_LIMIT_MAX, CLEAR_LIMIT_MAX)
+        start = min(message.cursor, len(store.directory))
+        entries = list(islice(store.directory, start, start + limit))
+        at = start + len(entries)
+    matching = [e for e in entries if _matches(e, message.category, message.layout)]
+    count, size = store.drop(matching)
+    # What is gone has moved the rest to the front, by at most this much.
+    at = max(at - count, 0)
+    is_done = bool(message.keys) or at >= len(store.directory)
+    return pb.ClearReply(count=count, size=size, is_partial=not is_done, cursor=at)
 
 
 def hold(store: ChunkStore, message: pb.HoldRequest) -> pb.HoldReply:
@@ -120,6 +127,12 @@ def hold(store: ChunkStore, message: pb.HoldRequest) -> pb.HoldReply:
     if not keys:
         raise InvalidRequest("no keys named")
     return pb.HoldReply(count=store.hold(keys, message.is_held))
+
+
+def _described(layout: KVLayout) -> pb.Layout:
+    # A salt keeps tenants apart because others cannot guess it: listings show which, not what.
+    digest = blake2b(layout.salt.encode(), digest_size=4).hexdigest()
+    return layout_to_message(replace(layout, salt=f"#{digest}" if layout.salt else ""))
 
 
 def _matches(entry: Entry, category: str, layout: bytes) -> bool:

@@ -96,7 +96,7 @@ class Config:
         metadata=setting(
             read_address(""),
             "HOST:PORT",
-            "TCP address for gRPC; beyond loopback it needs all three --tls files.",
+            "TCP address for gRPC; beyond loopback it needs TLS or --insecure.",
         ),
     )
     tls_cert: str = field(
@@ -181,11 +181,11 @@ class Config:
             raise ConfigError("tls_client_ca is given without tls_cert and tls_key: TLS needs both")
         if not self.listen or self.insecure or is_loopback(parse_address(self.listen)[0]):
             return
-        if not self.tls_client_ca:
-            missing = "tls_client_ca" if self.tls_cert else "tls_cert, tls_key and tls_client_ca"
+        if not self.has_tls:
             raise ConfigError(
-                f"listen {self.listen} is beyond this machine: without {missing} anybody there "
-                "could read and write all chunks; give that, listen on loopback, or set insecure"
+                f"listen {self.listen} is beyond this machine, without tls_cert and tls_key: "
+                "anybody on the way could read and change all chunks; give both "
+                "(and tls_client_ca, to know who connects), listen on loopback, or set insecure"
             )
 
 

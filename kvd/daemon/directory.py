@@ -50,7 +50,8 @@ class Entry:
 
     def descendants(self) -> Iterator[Entry]:
         """This entry and all that continue it, each before its own parent."""
-        stack, ordered = [self], []
+        stack: list[Entry] = [self]
+        ordered: list[Entry] = []
         while stack:
             entry = stack.pop()
             ordered.append(entry)

@@ -20,6 +20,7 @@ import os
 import pwd
 import select
 import socket
+import stat
 import struct
 from collections import deque
 from pathlib import Path
@@ -244,12 +245,19 @@ def _lock_path(path: Path) -> int:
 def _make_directory(directory: Path) -> None:
     try:
         directory.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
-        owner = directory.stat().st_uid
+        status = directory.stat()
     except OSError as error:
         raise ConfigError(f"directory {directory} for the socket: {error.strerror}") from error
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"directory {directory} for the socket belongs to user {owner} and is not writable"
+            f"directory {directory} for the socket belongs to user {status.st_uid} "
+            "and is not writable"
+        )
+    is_sticky = status.st_mode & stat.S_ISVTX
+    if status.st_uid not in (0, os.geteuid()) and not is_sticky:
+        raise ConfigError(
+            f"directory {directory} for the socket belongs to user {status.st_uid}, "
+            "who could put another socket in its place; choose another --socket"
         )
 
 

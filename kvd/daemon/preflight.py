@@ -6,19 +6,19 @@ from pathlib import Path
 
 from kvd.daemon import machine
 from kvd.daemon.config import Config
+from kvd.daemon.eviction.registry import make_policy
 from kvd.errors import ConfigError
 from kvd.sizes import format_size
 
-# What is here without any package that adds to it.
-_TIERS = ("cpu",)
-_POLICIES = ("lru",)
+TIERS = ("cpu",)
 
 
 def check_machine(config: Config, root: Path = machine.ROOT) -> None:
     """Raise `ConfigError` for what cannot be on this machine: tiers, sizes, files, groups."""
     for name in config.tiers:
-        _check_name("tier", name, _TIERS, "kvd.tiers")
-    _check_name("eviction policy", config.eviction, _POLICIES, "kvd.eviction")
+        if name not in TIERS:
+            raise ConfigError(f"tier {name!r} does not exist here; there is: {', '.join(TIERS)}")
+    make_policy(config.eviction)
     _check_memory(config, root)
     for name in ("tls_cert", "tls_key", "tls_client_ca"):
         _check_readable(name, getattr(config, name))
@@ -26,17 +26,6 @@ def check_machine(config: Config, root: Path = machine.ROOT) -> None:
         raise ConfigError(f"log_file: {config.log_file} has no directory; make it first")
     if config.socket_group:
         _check_group(config.socket_group)
-
-
-def _check_name(what: str, name: str, built_in: tuple[str, ...], group: str) -> None:
-    from importlib.metadata import entry_points
-
-    names = sorted({*built_in, *(point.name for point in entry_points(group=group))})
-    if name not in names:
-        raise ConfigError(
-            f"{what} {name!r} does not exist here; there is: {', '.join(names)} "
-            f"(packages add more by the entry point group {group})"
-        )
 
 
 def _check_memory(config: Config, root: Path) -> None:

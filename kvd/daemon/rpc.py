@@ -24,6 +24,7 @@ from urllib.parse import quote
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -45,14 +46,12 @@ from kvd.errors import (
     UnknownLease,
 )
 from kvd.proto import kvd_pb2 as pb
-from kvd.proto import kvd_pb2_grpc
 from kvd.proto.address import parse_address
 from kvd.proto.limits import GRPC_MESSAGE_SIZE_MAX
 
 log = logging.getLogger("kvd.rpc")
 
-M = TypeVar("M")
-R = TypeVar("R")
+M = TypeVar("M", bound=Message)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Kvd"].full_name
 
@@ -106,7 +105,7 @@ class GrpcServer:
         self._facts = facts
         self._num_sessions = 0
         self._server = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
-        _add_service(self._server, self._servicer())
+        self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(_health_servicer(facts), self._server)
         names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
@@ -115,33 +114,38 @@ class GrpcServer:
     async def start(cls, config: Config, store: ChunkStore, facts: admin.Facts) -> GrpcServer:
         """A server that listens where `config` says. Raises `ConfigError`: then nothing is left."""
         self = cls(store, facts)
+        path = config.grpc_socket_path
         try:
-            if config.grpc_socket_path is not None:
-                _listen_unix(self._server, config.grpc_socket_path, config.socket_group)
-                log.info("event=grpc_listening socket=%s", config.grpc_socket_path)
             if config.listen:
                 self.port = _listen_tcp(self._server, config)
                 log.info("event=grpc_listening port=%d tls=%s", self.port, config.has_tls)
-            await self._server.start()
+            if path is not None:
+                # The last that can fail: a server that never ran would leave its file behind.
+                _listen_unix(self._server, path, config.socket_group)
+                log.info("event=grpc_listening socket=%s", path)
         except BaseException:
             await self._server.stop(None)
             raise
+        await self._server.start()
         return self
 
     async def close(self) -> None:
         """Take no more calls and end all sessions."""
         await self._server.stop(None)
 
-    def _servicer(self) -> SimpleNamespace:
+    def _handlers(self) -> Any:
+        # Requests come as bytes: what cannot be parsed gets an answer, and no trace in the log.
         store = self._store
-        return SimpleNamespace(
-            Session=self._session,
-            Lookup=self._unary(partial(lookup, store)),
-            Status=self._unary(partial(admin.status, store, self._facts)),
-            List=self._unary(partial(admin.list_chunks, store)),
-            Clear=self._unary(partial(admin.clear, store)),
-            Hold=self._unary(partial(admin.hold, store)),
-        )
+        calls = {
+            "Lookup": self._unary(pb.LookupRequest, partial(lookup, store)),
+            "Status": self._unary(pb.StatusRequest, partial(admin.status, store, self._facts)),
+            "List": self._unary(pb.ListRequest, partial(admin.list_chunks, store)),
+            "Clear": self._unary(pb.ClearRequest, partial(admin.clear, store)),
+            "Hold": self._unary(pb.HoldRequest, partial(admin.hold, store)),
+        }
+        methods = {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
+        methods["Session"] = grpc.stream_stream_rpc_method_handler(self._session)
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def _session(self, _: object, context: Any) -> None:
         if self._num_sessions >= SESSIONS_MAX:
@@ -163,16 +167,21 @@ class GrpcServer:
             self._facts.num_sessions -= 1
             log.info("event=session_closed session=%d leases_taken_back=%d", session.id, num_leases)
 
-    def _unary(self, answer: Callable[[M], R]) -> Callable[[M, Any], Awaitable[R]]:
-        async def handle(message: M, context: Any) -> R:
+    def _unary(
+        self, kind: type[M], answer: Callable[[M], Message]
+    ) -> Callable[[bytes, Any], Awaitable[bytes]]:
+        async def handle(packet: bytes, context: Any) -> bytes:
             try:
-                return answer(message)
+                return answer(kind.FromString(packet)).SerializeToString()
+            except DecodeError:
+                self._store.counters["request_errors"] += 1
+                return await _abort(context, InvalidRequest(f"this is no {kind.DESCRIPTOR.name}"))
             except KvdError as error:
                 self._store.counters["request_errors"] += 1
                 return await _abort(context, error)
             except Exception:
                 # Nothing has changed, as in a session; what went wrong is not the client's.
-                log.exception("event=request_failed verb=%s", type(message).__name__)
+                log.exception("event=request_failed verb=%s", kind.DESCRIPTOR.name)
                 self._store.counters["internal_errors"] += 1
                 hidden = KvdError("the call failed inside the daemon, see its log")
                 return await _abort(context, hidden)
@@ -184,14 +193,26 @@ async def _converse(session: Session, context: Any) -> None:
     """Answer each request of a stream before the next one is read, until it ends."""
     try:
         async with asyncio.timeout(ATTACH_WITHIN_S):
-            request = await context.read()
+            packet = await context.read()
     except TimeoutError:
         await _abort(context, DeadlineExceeded(f"no attach in {ATTACH_WITHIN_S} s"))
-    while isinstance(request, pb.Request):
-        response = session.handle(request)
-        if request.id or request.WhichOneof("verb") != "release":
-            await context.write(response)
-        request = await context.read()
+    # At the end of the stream there are no bytes but a mark.
+    while isinstance(packet, bytes):
+        response = _answer(session, packet)
+        if response is not None:
+            await context.write(response.SerializeToString())
+        packet = await context.read()
+
+
+def _answer(session: Session, packet: bytes) -> pb.Response | None:
+    try:
+        request = pb.Request.FromString(packet)
+    except DecodeError:
+        message = f"{len(packet)} bytes are no kvd.v1 request"
+        return pb.Response(error=pb.Error(code=InvalidRequest.code, message=message))
+    response = session.handle(request)
+    is_silent = request.id == 0 and request.WhichOneof("verb") == "release"
+    return None if is_silent else response
 
 
 async def _abort(context: Any, error: KvdError, status: grpc.StatusCode | None = None) -> NoReturn:
@@ -200,11 +221,6 @@ async def _abort(context: Any, error: KvdError, status: grpc.StatusCode | None =
     details = str(error)[:ERROR_SIZE_MAX]
     await context.abort(status, details, trailing_metadata=(("kvd-code", error.code),))
     raise AssertionError("abort raises")
-
-
-def _add_service(server: grpc.aio.Server, servicer: SimpleNamespace) -> None:
-    # Generated code has no types, and asks of a servicer only that it has the methods' names.
-    kvd_pb2_grpc.add_KvdServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
 
 
 def _health_servicer(facts: admin.Facts) -> SimpleNamespace:
@@ -240,21 +256,28 @@ def _health_servicer(facts: admin.Facts) -> SimpleNamespace:
 
 def _listen_unix(server: grpc.aio.Server, path: Path, group: str) -> None:
     _check_free(path)
-    # Nobody can connect between bind and chmod: the file has this mode from its first moment.
+    # The file has this mode from its first moment; there is none in which others could connect.
     umask = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{quote(str(path.absolute()))}")
-        if group:
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
-            path.chmod(0o660)
-    except KeyError:
-        raise ConfigError(f"there is no group {group!r} on this machine") from None
-    except OSError as error:
-        raise ConfigError(f"cannot give {path} to group {group}: {error.strerror}") from error
     except RuntimeError as error:
         raise ConfigError(f"cannot listen at {path}; choose another --grpc-socket") from error
     finally:
         os.umask(umask)
+    if group:
+        _give_to_group(path, group)
+
+
+def _give_to_group(path: Path, group: str) -> None:
+    try:
+        os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        path.chmod(0o660)
+    except KeyError:
+        path.unlink()
+        raise ConfigError(f"there is no group {group!r} on this machine") from None
+    except OSError as error:
+        path.unlink()
+        raise ConfigError(f"cannot give {path} to group {group}: {error.strerror}") from error
 
 
 def _check_free(path: Path) -> None:

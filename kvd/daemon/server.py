@@ -20,7 +20,7 @@ from kvd.arena import Arena
 from kvd.daemon import logs
 from kvd.daemon.admin import Facts
 from kvd.daemon.config import Config
-from kvd.daemon.eviction.lru import Lru
+from kvd.daemon.eviction.registry import make_policy
 from kvd.daemon.local import LocalServer
 from kvd.daemon.metrics import serve_http
 from kvd.daemon.store import ChunkStore
@@ -91,7 +91,7 @@ class Daemon:
         started = time.monotonic()
         await asyncio.to_thread(self._populate, arena)
         log.info("event=populated size=%d seconds=%.1f", arena.size, time.monotonic() - started)
-        return ChunkStore(CpuTier(arena), Lru()), arena
+        return ChunkStore(CpuTier(arena), make_policy(self.config.eviction)), arena
 
     def _populate(self, arena: Arena) -> None:
         if not sys.stderr.isatty():
@@ -149,6 +149,6 @@ class Daemon:
         self.facts.state = "draining"
         log.info("event=draining pinned=%d reserved=%d", store.num_pinned, store.num_reserved)
         give_up = time.monotonic() + self.config.drain_s
-        while store.num_leases and time.monotonic() < give_up:
+        while (store.num_pinned or store.num_reserved) and time.monotonic() < give_up:
             await asyncio.sleep(DRAIN_LOOK_EVERY_S)
         log.info("event=drained pinned=%d reserved=%d", store.num_pinned, store.num_reserved)

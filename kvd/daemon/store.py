@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Iterable, Sequence
+from itertools import chain, count
 from typing import Literal
 
 from kvd.chunk import ChunkMeta, Extent, Fingerprint, Placement
@@ -48,26 +48,15 @@ class ChunkStore:
         self._expiries: list[tuple[int, int]] = []
         # Keys that somebody is writing, with the lease that does.
         self._writing: dict[ChunkKey, WriteLease] = {}
+        # Open read leases, and extents that are written or that a late writer may still write.
+        self.num_pinned = 0
+        self.num_reserved = 0
+        # Entries that an operator holds.
+        self._held: set[Entry] = set()
         self._pinned_size = 0
         self._reserved_size = 0
         # One int object a size, not one a chunk: a million chunks feel it.
         self._sizes: dict[int, int] = {}
-
-    @property
-    def num_pinned(self) -> int:
-        """Open read leases."""
-        return sum(isinstance(lease, ReadLease) for lease in self._leases.values())
-
-    @property
-    def num_reserved(self) -> int:
-        """Extents that are being written, or that a late writer may still write."""
-        writing = (lease for lease in self._leases.values() if isinstance(lease, WriteLease))
-        return sum(len(lease.extents) for lease in writing)
-
-    @property
-    def num_leases(self) -> int:
-        """Leases of both kinds that have not expired."""
-        return sum(not lease.is_expired for lease in self._leases.values())
 
     def declare(self, layout: KVLayout) -> Fingerprint:
         """Make a layout known; its fingerprint names it from now on. Twice is once."""
@@ -148,7 +137,7 @@ class ChunkStore:
             raise LeaseExpired(
                 f"lease {lease_id} ended before its commit; release it, then reserve again"
             )
-        del self._leases[lease_id]
+        self._end(lease)
         # The tail first: what is inserted last is evicted last.
         for index in reversed(range(len(lease.metas))):
             meta, extent = lease.metas[index], lease.extents[index]
@@ -220,7 +209,7 @@ class ChunkStore:
         """End a lease: its pins are gone, its uncommitted extents free. Raises `UnknownLease`."""
         lease = self._lease(lease_id)
         self._expire(lease)
-        del self._leases[lease_id]
+        self._end(lease)
         if isinstance(lease, WriteLease):
             for extent in lease.extents:
                 self._reserved_size -= self.tier.allocated_size(extent)
@@ -260,18 +249,28 @@ class ChunkStore:
         entries = [entry for key in keys if (entry := self.directory.get(key)) is not None]
         for entry in entries:
             entry.is_held = is_held
+        if is_held:
+            self._held.update(entries)
+        else:
+            self._held.difference_update(entries)
         return len(entries)
 
-    def drop(self, entry: Entry) -> tuple[int, int]:
-        """Remove a chunk and all that continue it, unless one of them is pinned; (chunks, bytes)
-        removed.
+    def drop(self, entries: Iterable[Entry]) -> tuple[int, int]:
+        """Remove chunks and all that continue them, but no family with a pinned chunk in it.
+
+        Returns (chunks, bytes) removed. Entries that go with an earlier one may be named too.
         """
-        family = list(entry.descendants())
-        if any(member.is_pinned for member in family):
-            return 0, 0
-        for member in family:
-            self._remove(member)
-        return len(family), sum(member.placement.extent.size for member in family)
+        blocked = self._pinned_families()
+        count = size = 0
+        for entry in entries:
+            if entry in blocked or self.directory.get(entry.meta.key) is not entry:
+                continue
+            for member in entry.descendants():
+                self._remove(member)
+                count += 1
+                size += member.placement.extent.size
+        self.counters["clear_chunks"] += count
+        return count, size
 
     def check(self) -> None:
         """Assert every invariant of the store. O(n), for audits and tests."""
@@ -296,6 +295,9 @@ class ChunkStore:
             meta.key: lease for lease in writing if not lease.is_expired for meta in lease.metas
         }
         assert live == self._writing
+        assert self.num_pinned == sum(isinstance(x, ReadLease) for x in self._leases.values())
+        assert self.num_reserved == len(reserved)
+        assert self._held == {entry for entry in self.directory if entry.is_held}
 
     def _check_new(self, meta: ChunkMeta) -> int:
         layout = self.layouts.get(meta.layout)
@@ -370,12 +372,7 @@ class ChunkStore:
 
     def _clear_window(self, size: int) -> Extent | None:
         """Evict neighbours whose places make `size` bytes in one piece; None if pins forbid it."""
-        blocked: set[Entry] = set()
-        for entry in self.directory:
-            ancestor = entry if entry.is_pinned else None
-            while ancestor is not None and ancestor not in blocked:
-                blocked.add(ancestor)
-                ancestor = ancestor.parent
+        blocked = self._pinned_families(pinned=(entry for entry in self.directory if entry.pins))
         runs = [Run(offset, length, None) for offset, length in self.tier.free_runs()]
         for entry in self.directory:
             if entry not in blocked:
@@ -393,6 +390,17 @@ class ChunkStore:
         assert cleared is not None
         return cleared
 
+    def _pinned_families(self, pinned: Iterable[Entry] = ()) -> set[Entry]:
+        """What is pinned, leased or held, and all that it continues."""
+        leases = [lease for lease in self._leases.values() if isinstance(lease, ReadLease)]
+        blocked: set[Entry] = set()
+        for entry in chain(pinned, self._held, *(lease.entries for lease in leases)):
+            ancestor: Entry | None = entry
+            while ancestor is not None and ancestor not in blocked:
+                blocked.add(ancestor)
+                ancestor = ancestor.parent
+        return blocked
+
     def _evict(self, entry: Entry) -> None:
         self.counters["evict_chunks"] += 1
         self.counters["evict_bytes"] += entry.placement.extent.size
@@ -406,7 +414,18 @@ class ChunkStore:
 
     def _open(self, lease: ReadLease | WriteLease) -> None:
         self._leases[lease.id] = lease
+        if isinstance(lease, ReadLease):
+            self.num_pinned += 1
+        else:
+            self.num_reserved += len(lease.extents)
         heapq.heappush(self._expiries, (lease.deadline_ns, lease.id))
+
+    def _end(self, lease: ReadLease | WriteLease) -> None:
+        del self._leases[lease.id]
+        if isinstance(lease, ReadLease):
+            self.num_pinned -= 1
+        else:
+            self.num_reserved -= len(lease.extents)
 
     def _expire(self, lease: ReadLease | WriteLease) -> None:
         """Take what a lease keeps others from. A write lease keeps its extents: its writer may not

@@ -426,26 +426,30 @@ class ListReply(_message.Message):
     def __init__(self, chunks: _Optional[_Iterable[_Union[ChunkInfo, _Mapping]]] = ..., cursor: _Optional[int] = ..., layouts: _Optional[_Iterable[_Union[Layout, _Mapping]]] = ...) -> None: ...
 
 class ClearRequest(_message.Message):
-    __slots__ = ("category", "layout", "keys", "limit")
+    __slots__ = ("category", "layout", "keys", "limit", "cursor")
     CATEGORY_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
     category: str
     layout: bytes
     keys: bytes
     limit: int
-    def __init__(self, category: _Optional[str] = ..., layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., limit: _Optional[int] = ...) -> None: ...
+    cursor: int
+    def __init__(self, category: _Optional[str] = ..., layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., limit: _Optional[int] = ..., cursor: _Optional[int] = ...) -> None: ...
 
 class ClearReply(_message.Message):
-    __slots__ = ("count", "size", "is_partial")
+    __slots__ = ("count", "size", "is_partial", "cursor")
     COUNT_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     IS_PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
     count: int
     size: int
     is_partial: bool
-    def __init__(self, count: _Optional[int] = ..., size: _Optional[int] = ..., is_partial: bool = ...) -> None: ...
+    cursor: int
+    def __init__(self, count: _Optional[int] = ..., size: _Optional[int] = ..., is_partial: bool = ..., cursor: _Optional[int] = ...) -> None: ...
 
 class HoldRequest(_message.Message):
     __slots__ = ("keys", "is_held")

@@ -18,4 +18,7 @@ DATA_SIZE_MAX = 2 << 20
 GRPC_MESSAGE_SIZE_MAX = 4 << 20
 
 LIST_LIMIT_MAX = 500
+# Half a packet: a page stops at the chunk that crosses it, layout and all.
+LIST_SIZE_MAX = MESSAGE_SIZE_MAX // 2
+
 CLEAR_LIMIT_MAX = 10_000

@@ -18,14 +18,18 @@ class EvictionPolicy(Protocol):
 
     def insert(self, meta: ChunkMeta, now_ns: int) -> None:
         """A chunk is here now."""
+        ...
 
     def touch(self, key: ChunkKey, now_ns: int) -> None:
         """A chunk was used, or has a longer prefix's chunk behind it that must outlive nothing."""
+        ...
 
     def remove(self, key: ChunkKey) -> None:
         """A chunk is gone."""
+        ...
 
     def victims(self) -> Iterator[ChunkKey]:
         """All chunks, cheapest loss first. The caller may touch and remove what it was given while
         it iterates.
         """
+        ...
