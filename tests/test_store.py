@@ -302,6 +302,20 @@ def test_a_late_writer_lists_nothing_and_keeps_its_bytes_until_it_lets_go() -> N
     store.check()
 
 
+def test_a_commit_past_its_deadline_lists_nothing_even_within_the_grace() -> None:
+    store = new_store()
+    lease, _ = store.reserve(chain([1]), lease_ns=S, now_ns=0)
+    assert lease is not None
+    with pytest.raises(LeaseExpired):
+        store.commit(lease.id, (), now_ns=S + 1)
+    assert len(store.directory) == 0
+    # The key is free for another writer at once, the late one's bytes are not.
+    assert put(store, [1], S + 1) == ["granted"]
+    assert store.num_reserved == 1
+    store.release(lease.id)
+    store.check()
+
+
 def test_a_large_chunk_finds_room_among_small_ones() -> None:
     # Every second small chunk is pinned, so that no order of eviction alone joins two free ranges.
     store = new_store()
