@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -251,24 +252,29 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def print_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
-    """A table with a column for each key of the first row."""
+def print_rows(
+    console: Console, title: str, rows: Sequence[Row], *, hidden: Sequence[str] = ()
+) -> None:
+    """A table with a column for each key of the first row, but for those `hidden`."""
     if not rows:
         return
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in rows[0]:
+    table = _table(title)
+    names = [name for name in rows[0] if name not in hidden]
+    for name in names:
         is_number = any(isinstance(row[name], (int, float)) for row in rows)
-        table.add_column(name.replace("_", " "), justify="right" if is_number else "left")
+        justify: Literal["right", "left"] = "right" if is_number else "left"
+        table.add_column(name.replace("_", " "), justify=justify, no_wrap=True)
     for row in rows:
-        table.add_row(*(_cell(row[name]) for name in rows[0]))
+        table.add_row(*(_cell(row[name]) for name in names))
     console.print(table)
 
 
 def print_figures(console: Console, figures: Sequence[Figure]) -> None:
     """The table of figures; one that misses its target is marked."""
-    table = Table(title="figures", title_justify="left", title_style="bold")
-    for name in ("figure", "median", "ci95", "target", "samples"):
-        table.add_column(name, justify="left" if name == "figure" else "right")
+    table = _table("figures")
+    table.add_column("figure", no_wrap=True)
+    for name in ("median", "ci95", "target", "samples"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")
     for figure in figures:
         ends = (_cell(significant(end, 3)) for end in figure.ci95 or ())
@@ -378,6 +384,19 @@ def _answers(socket: Path) -> bool:
 def _package_root() -> str:
     assert kvd.__file__
     return str(Path(kvd.__file__).parents[1])
+
+
+def _table(title: str) -> Table:
+    # Two spaces between columns and no frame: it fits eighty columns, and a log.
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
+    )
 
 
 def _cell(value: object) -> str:

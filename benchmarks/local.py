@@ -22,7 +22,11 @@ own. All routes walk through as many bytes as the arena has, Redis excepted, whi
 client. CPU seconds are those of all processes that take part, client and server. A GB is 10**9
 bytes.
 
-    python -m benchmarks.local [--quick] [--json FILE] [--cpu-size SIZE]
+A view and a lookup are asked with client and server on a core each: an engine works while the
+daemon waits and has to be woken. The same on one core, where nothing sleeps and the software's own
+cost is all there is, stands in the table; there it is some ten echoes.
+
+    python benchmarks/local.py [--quick] [--json FILE] [--cpu-size SIZE]
 """
 
 from __future__ import annotations
@@ -56,7 +60,8 @@ def main() -> int:
         rounds=8 if options.quick else 24,
         console=console,
     )
-    print_rows(console, "store and load, one chunk a call, all clients together", rows)
+    title = "store and load, one chunk a call, n clients together"
+    print_rows(console, title, rows, hidden=["samples"])
     more_figures, more_rows = measure_questions(
         rounds=25 if options.quick else 100, calls=100 if options.quick else 200
     )

@@ -143,8 +143,8 @@ class _Planes:
         for index in range(CLIENTS_MAX):
             self._ask(index, Prepare(size=size, keys=keys, num_clients=1))
             for _ in keys:
-                self._sample(Case("store", size, 1, "kvd local, first use"), [index], 1)
-                self._sample(Case("store", size, 1, "memcpy, first touch"), [index], 1)
+                self._sample(Case("store", size, 1, "kvd first use"), [index], 1)
+                self._sample(Case("store", size, 1, "first touch"), [index], 1)
             for route in self._routes:
                 self._ask(index, Run(route=route, verb="check", count=1, start_ns=0))
 
@@ -217,7 +217,7 @@ def plane_rows(cells: Cells) -> list[Row]:
             {
                 "chunk": format_size(case.size),
                 "verb": case.verb,
-                "clients": case.num_clients,
+                "n": case.num_clients,
                 "route": case.route,
                 "GB/s": significant(speed),
                 "x_memcpy": significant(speed / median_of(beside.gbps).value),
@@ -246,7 +246,7 @@ def plane_figures(cells: Cells) -> list[Figure]:
 def _servers(cpu_size: int, console: Console) -> Iterator[Servers]:
     with ExitStack() as stack:
         daemon = stack.enter_context(running_daemon(cpu_size=cpu_size, grpc=True))
-        pids = {"kvd local": daemon.pid, "kvd local, first use": daemon.pid, "kvd gRPC": daemon.pid}
+        pids = {"kvd local": daemon.pid, "kvd first use": daemon.pid, "kvd gRPC": daemon.pid}
         redis_socket = None
         if reason := _no_redis():
             console.print(f"Redis is left out: {reason}")

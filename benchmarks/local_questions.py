@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,9 +186,10 @@ def _lookups(client: Client, chains: Sequence[Keys]) -> Callable[[], None]:
     chains there are: the client's own cache misses are not the directory's.
     """
     whole = [keys for keys in chains if len(keys) == CHAIN_CHUNKS]
-    lists = [[ChunkKey(bytes(bytearray(key))) for key in keys] for keys in whole]
-    while len(lists) < CHAINS_KEPT:
-        lists += [[ChunkKey(bytes(bytearray(key))) for key in keys] for keys in whole]
+    lists = [
+        [ChunkKey(bytes(bytearray(key))) for key in keys]
+        for keys in islice(cycle(whole), CHAINS_KEPT)
+    ]
     turn = cycle(lists)
 
     def lookup() -> None:

@@ -218,8 +218,8 @@ class _Client:
         self.names = list(routes)
         self._routes: dict[str, Route] = {
             **routes,
-            "kvd local, first use": local,
-            "memcpy, first touch": FirstTouch(source, target, pool),
+            "kvd first use": local,
+            "first touch": FirstTouch(source, target, pool),
         }
 
     def prepare(self, order: Prepare) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,18 @@ class FakeDaemon:
     request is read.
     """
 
-    def __init__(self, folder: Path, script: Script = lambda _: None, *, now_ns: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        script: Script = lambda _: None,
+        *,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self.requests: list[pb.Request] = []
         self.loop = shared_loop()
         self.address = f"grpc+unix://{folder}/fake.sock"
         self._script = script
-        self._now_ns = now_ns
+        self._clock_ns = clock_ns
         self._context: Any = None
         self._hears: asyncio.Event | None = None
         self.loop.run(self._start(folder / "fake.sock"))
@@ -52,7 +59,7 @@ class FakeDaemon:
         while isinstance(request := await context.read(), pb.Request):
             self.requests.append(request)
             if request.WhichOneof("verb") == "attach":
-                attach = pb.AttachReply(version=PROTOCOL_VERSION, now_ns=self._now_ns, instance="1")
+                attach = pb.AttachReply(version=PROTOCOL_VERSION, now_ns=self._clock_ns())
                 await context.write(pb.Response(id=request.id, attach=attach))
             elif (response := self._script(request)) is not None:
                 response.id = request.id

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -241,6 +243,32 @@ def test_a_client_that_nobody_has_any_more_ends_its_session(daemon: DaemonInThre
     assert daemon.is_empty()
 
 
+def test_a_client_that_vanishes_under_an_answer_is_no_error(
+    daemon: DaemonInThread, stub: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    layout = LAYOUTS["float32"]
+    keys, chunks = chunks_of(layout)
+    with daemon.connect() as client:
+        client.store(layout, keys, chunks)
+    pin = pb.PinRequest(keys=join_keys(keys), layout=layout.fingerprint)
+    lease: SimpleQueue[int] = SimpleQueue()
+
+    def requests() -> Iterator[pb.Request]:
+        yield attach()
+        yield pb.Request(id=2, pin=pin)
+        read = pb.ReadRequest(lease=lease.get(timeout=PATIENCE_S), size=DATA_SIZE_MAX)
+        yield from [pb.Request(id=3, read=read)] * 20
+
+    session = stub.Session(requests(), timeout=PATIENCE_S)
+    assert next(session).WhichOneof("result") == "attach"
+    lease.put(next(session).pin.lease)
+    assert len(next(session).read.data) == DATA_SIZE_MAX
+    session.cancel()
+    daemon.until_sessions(0)
+    assert daemon.store.num_pinned == 0
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
 def test_closing_the_server_ends_all_sessions(daemon: DaemonInThread) -> None:
     with daemon.connect() as client:
         client.reserve(SMALL, KEYS)
@@ -377,6 +405,12 @@ def test_another_protocol_version_is_told_what_to_do(stub: Any) -> None:
     (answer,) = stub.Session(iter([attach(PROTOCOL_VERSION + 1)]), timeout=PATIENCE_S)
     assert answer.error.code == "invalid_request"
     assert "same kvd-cache on both sides" in answer.error.message
+
+
+def test_a_field_of_a_later_version_is_ignored(stub: Any) -> None:
+    request = pb.Request.FromString(attach().SerializeToString() + b"\xf8\x07\x01")
+    (answer,) = stub.Session(iter([request]), timeout=PATIENCE_S)
+    assert answer.WhichOneof("result") == "attach"
 
 
 def test_a_release_without_an_id_has_no_answer(stub: Any) -> None:
@@ -688,13 +722,6 @@ def test_insecure_is_the_operators_word_for_it(tmp_path: Path) -> None:
     with daemon.connect(daemon.tcp) as client:
         assert client.lookup(KEYS) == 0
     daemon.stop()
-
-
-def test_an_unknown_request_is_no_crime_of_the_others(stub: Any) -> None:
-    # What a later version may send: a field that this one does not know.
-    request = attach().SerializeToString() + b"\xf8\x07\x01"
-    (answer,) = stub.Session(iter([pb.Request.FromString(request)]), timeout=PATIENCE_S)
-    assert answer.WhichOneof("result") == "attach"
 
 
 def test_addresses_that_can_never_work_are_refused_at_once() -> None:

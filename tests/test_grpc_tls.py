@@ -101,11 +101,22 @@ def test_beyond_loopback_a_daemon_serves_with_mutual_tls(
     assert_serves(attach(daemon, pki.ca, pki.issue("client.test")), layout)
 
 
-def test_beyond_loopback_tls_without_client_certificates_is_refused(
-    start: Callable[..., DaemonInThread], pki: Pki
+def test_renewed_certificates_serve_without_a_restart(
+    start: Callable[..., DaemonInThread], pki: Pki, stranger: Pki, layout: kvd.KVLayout
 ) -> None:
-    with pytest.raises(ConfigError, match="tls_client_ca"):
-        start(pki.issue("127.0.0.1"), listen="0.0.0.0:0")
+    cert, key = pki.issue("127.0.0.1")
+    daemon = start((cert, key))
+    attach(daemon, pki.ca).close()
+    # Half a renewal is none: the old certificate goes on.
+    new_cert, new_key = stranger.issue("127.0.0.1")
+    new_cert.replace(cert)
+    attach(daemon, pki.ca).close()
+    new_key.replace(key)
+    with pytest.raises(AccessDenied):
+        attach(daemon, pki.ca)
+    assert_serves(attach(daemon, stranger.ca), layout)
+    key.unlink()
+    attach(daemon, stranger.ca).close()
 
 
 def test_a_client_without_a_certificate_is_refused(

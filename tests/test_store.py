@@ -105,10 +105,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     paths = st.lists(st.integers(0, 2), min_size=1, max_size=5)
 
-    @rule(path=paths, tokens=st.sampled_from([3, 16]), lease_ns=st.integers(1, 5 * S))
-    def reserve(self, path: list[int], tokens: int, lease_ns: int) -> None:
+    @rule(
+        path=paths,
+        tokens=st.sampled_from([3, 16]),
+        lease_ns=st.integers(1, 5 * S),
+        is_shared=st.booleans(),
+    )
+    def reserve(self, path: list[int], tokens: int, lease_ns: int, is_shared: bool) -> None:
         metas = chain(path, tokens)
-        lease, states = self.store.reserve(metas, lease_ns=lease_ns, now_ns=self.now_ns)
+        lease, states = self.store.reserve(
+            metas, lease_ns=lease_ns, now_ns=self.now_ns, is_shared=is_shared
+        )
         granted = [meta for meta, state in zip(metas, states, strict=True) if state == "granted"]
         assert (lease is None) == (not granted)
         if lease is not None:
@@ -299,6 +306,19 @@ def test_a_late_writer_lists_nothing_and_keeps_its_bytes_until_it_lets_go() -> N
         store.commit(late.id, (), now_ns=5 * S)
     store.release(late.id)
     assert store.reserve(chain([1]), lease_ns=S, now_ns=5 * S)[1] == ["granted"]
+    store.check()
+
+
+def test_bytes_that_only_the_daemon_writes_are_free_at_the_deadline() -> None:
+    store = new_store()
+    late, _ = store.reserve(chain([1] * 8), lease_ns=S, now_ns=0, is_shared=False)
+    assert late is not None
+    store.expire(S + GRACE_NS + 1)
+    assert store.num_reserved == 0
+    assert put(store, [2] * 8, 5 * S) == ["granted"] * 8
+    with pytest.raises(LeaseExpired):
+        store.commit(late.id, (), now_ns=5 * S)
+    store.release(late.id)
     store.check()
 
 

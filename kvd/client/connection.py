@@ -17,10 +17,8 @@ from typing import Protocol
 from kvd.arena import Arena
 from kvd.errors import AccessDenied, Corrupt, DeadlineExceeded, Unavailable, from_code
 from kvd.proto import kvd_pb2 as pb
+from kvd.proto.address import SOCKET_PATH_SIZE_MAX
 from kvd.proto.limits import MESSAGE_SIZE_MAX, PROTOCOL_VERSION
-
-# The socket path limit of sockaddr_un on Linux, without the final zero.
-SOCKET_PATH_SIZE_MAX = 107
 
 _TIMEVAL = struct.Struct("ll")
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvd.client.connection import Connection
 from kvd.client.tensors import as_array, as_tensor, copy_in, copy_out
-from kvd.errors import Corrupt, LeaseExpired, UnknownLease
+from kvd.errors import Corrupt, InvalidRequest, LeaseExpired, UnknownLease
 from kvd.keys import ChunkKey, short
 from kvd.layout import KVLayout
 from kvd.proto import kvd_pb2 as pb
@@ -94,8 +94,10 @@ class Lease:
         for offset in range(0, size, DATA_SIZE_MAX):
             part = min(DATA_SIZE_MAX, size - offset)
             message = pb.ReadRequest(lease=self._id, index=index, offset=offset, size=part)
-            response = self._connection.call(pb.Request(read=message), self._timeout_s)
-            out[offset : offset + part] = np.frombuffer(response.read.data, dtype=np.uint8)
+            data = self._connection.call(pb.Request(read=message), self._timeout_s).read.data
+            if len(data) != part:
+                raise Corrupt(f"{part} bytes asked for, the daemon sent {len(data)}")
+            out[offset : offset + part] = np.frombuffer(data, dtype=np.uint8)
         return out
 
     def array(self, index: int) -> NDArray[Any]:
@@ -119,20 +121,23 @@ class Lease:
         if self._connection.arena is not None:
             self._connection.arena.map_in(self._offsets[index], self._sizes[index])
         copy_out(raw, self.layout.dtype, self.shape(index), out)
-        self.check()
         if self._is_verified:
-            self.verify(index)
+            self._verify(index, raw)
+        self.check()
 
     def verify(self, index: int) -> None:
         """Raise `Corrupt` unless the chunk's bytes match the checksum it was stored with; one
         without passes.
         """
+        self._verify(index, self.raw(index))
+        self.check()
+
+    def _verify(self, index: int, raw: NDArray[np.uint8]) -> None:
         expected = self._checksums[index] if self._checksums else 0
-        if expected and xxhash.xxh3_64_intdigest(self.raw(index)) != expected:
+        if expected and xxhash.xxh3_64_intdigest(raw) != expected:
             raise Corrupt(
                 f"chunk {short(self.keys[index])} is not what was stored; treat it as a miss"
             )
-        self.check()
 
     def check(self) -> None:
         """Raise `LeaseExpired` unless everything read so far was the pinned chunks' bytes."""
@@ -228,9 +233,8 @@ class Reservation:
         `release`.
         """
         self._check_open()
-        assert self._connection.arena is not None, (
-            "a session without shared memory has no view; use write()"
-        )
+        if self._connection.arena is None:
+            raise InvalidRequest("a session without shared memory has no views; use write()")
         return self._connection.arena.view(*self._extents[index])
 
     def array(self, index: int) -> NDArray[Any]:

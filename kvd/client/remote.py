@@ -70,8 +70,7 @@ class RemoteConnection:
         self.is_open = True
         self._endpoint = parse_endpoint(address, tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key)
         self._ids = count(1)
-        if _left_to_parent:
-            raise Unavailable(_FORKED)
+        _check_not_forked()
         self._stream = _Stream(_open_channel(self._endpoint), weakref.WeakMethod(self._ended))
         _connections.add(self)
         try:
@@ -166,7 +165,6 @@ class RemoteConnection:
         """In a forked child: the session is the parent's, and so are the threads that serve it."""
         self.is_open = False
         self._stream.forget()
-        _left_to_parent.append(self)
 
 
 class _Stream:
@@ -179,6 +177,7 @@ class _Stream:
         self, channel: grpc.Channel, ended: weakref.WeakMethod[Callable[[], None]]
     ) -> None:
         self.is_over = False
+        self._is_parents = False
         self._channel = channel
         self._ended = ended
         self.reason = "the connection is closed"
@@ -231,11 +230,12 @@ class _Stream:
         """End the stream now."""
         self.is_over = True
         self.end()
-        self._channel.close()
+        if not self._is_parents:
+            self._channel.close()
 
     def forget(self) -> None:
         """Touch gRPC no more: its locks and threads are those of the parent process."""
-        self.is_over = True
+        self.is_over = self._is_parents = True
         self.reason = _FORKED
 
     def _withdraw(self, id: int, waiter: SimpleQueue[pb.Response | None]) -> pb.Response | None:
@@ -314,13 +314,24 @@ _FORKED = (
 
 _connections: weakref.WeakSet[RemoteConnection] = weakref.WeakSet()
 
+# The process that has used gRPC; in another one, its child, gRPC would wait for threads for ever.
+_user_pid = 0
+
 # What a forked child keeps for ever, so that no finalizer of gRPC runs in it.
-_left_to_parent: list[object] = []
+_left_to_parent: list[RemoteConnection] = []
+
+
+def _check_not_forked() -> None:
+    global _user_pid
+    if _user_pid not in (0, os.getpid()):
+        raise Unavailable(_FORKED)
+    _user_pid = os.getpid()
 
 
 def _after_fork() -> None:
     for connection in list(_connections):
         connection._forget_after_fork()
+        _left_to_parent.append(connection)
 
 
 _register: Callable[..., None] = os.register_at_fork

@@ -33,7 +33,13 @@ class ReadLease(Lease):
 
 @dataclass(slots=True, eq=False)
 class WriteLease(Lease):
-    """Reserved extents; `metas[i]` will live in `extents[i]`."""
+    """Reserved extents; `metas[i]` will live in `extents[i]`.
+
+    `is_shared` says that a client writes them through its own mapping: nobody can stop it, so they
+    stay its own until it lets go. Others are written by the daemon, and end with the deadline.
+    """
+
+    is_shared: bool = True
 
     metas: list[ChunkMeta] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)

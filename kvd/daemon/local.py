@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import grp
 import logging
 import os
 import pwd
 import select
 import socket
-import stat
 import struct
 from collections import deque
 from pathlib import Path
@@ -28,6 +26,7 @@ from pathlib import Path
 from kvd.arena import Arena
 from kvd.daemon.admin import Facts
 from kvd.daemon.session import Session
+from kvd.daemon.sockets import claim, give_to_group
 from kvd.daemon.store import ChunkStore
 from kvd.errors import AccessDenied, ConfigError
 from kvd.proto import kvd_pb2 as pb
@@ -58,7 +57,7 @@ class LocalServer:
         self._group = group
         self._clients: set[_LocalClient] = set()
         self._loop = asyncio.get_running_loop()
-        self._lock = _lock_path(path)
+        self._lock = claim(path, "--socket")
         try:
             self._listener = _listen(path, group)
         except BaseException:
@@ -222,63 +221,20 @@ def _is_hung_up(peer: socket.socket) -> bool:
     )
 
 
-def _lock_path(path: Path) -> int:
-    """A lock beside the socket, held while the daemon lives: what tells a stale socket from one in
-    use.
-    """
-    _make_directory(path.parent)
-    fd = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise ConfigError(
-            f"socket {path} is in use by a live daemon, pid {owner}; "
-            "stop it or choose another --socket"
-        ) from None
-    os.ftruncate(fd, 0)
-    os.write(fd, f"{os.getpid()}\n".encode())
-    return fd
-
-
-def _make_directory(directory: Path) -> None:
-    try:
-        directory.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
-        status = directory.stat()
-    except OSError as error:
-        raise ConfigError(f"directory {directory} for the socket: {error.strerror}") from error
-    if not os.access(directory, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"directory {directory} for the socket belongs to user {status.st_uid} "
-            "and is not writable"
-        )
-    is_sticky = status.st_mode & stat.S_ISVTX
-    if status.st_uid not in (0, os.geteuid()) and not is_sticky:
-        raise ConfigError(
-            f"directory {directory} for the socket belongs to user {status.st_uid}, "
-            "who could put another socket in its place; choose another --socket"
-        )
-
-
 def _listen(path: Path, group: str) -> socket.socket:
-    if path.exists() and not path.is_socket():
-        raise ConfigError(f"{path} exists and is no socket; choose another --socket")
-    path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     umask = os.umask(0o177)
     try:
         listener.bind(str(path))
         if group:
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
-            path.chmod(0o660)
+            give_to_group(path, group)
         listener.listen(SESSIONS_MAX)
-    except KeyError:
-        listener.close()
-        raise ConfigError(f"there is no group {group!r} on this machine") from None
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen at {path}: {error.strerror or error}") from error
+    except ConfigError:
+        listener.close()
+        raise
     finally:
         os.umask(umask)
     return listener

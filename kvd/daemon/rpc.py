@@ -10,11 +10,8 @@ is the client's certificate.
 from __future__ import annotations
 
 import asyncio
-import grp
 import logging
 import os
-import socket
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -31,7 +28,9 @@ from grpc_reflection.v1alpha import reflection
 from kvd.daemon import admin
 from kvd.daemon.config import Config
 from kvd.daemon.session import Session, lookup
+from kvd.daemon.sockets import claim, give_to_group
 from kvd.daemon.store import ChunkStore
+from kvd.daemon.tls import TlsFiles, TlsPem
 from kvd.errors import (
     AccessDenied,
     ConfigError,
@@ -101,6 +100,7 @@ class GrpcServer:
 
     def __init__(self, store: ChunkStore, facts: admin.Facts) -> None:
         self.port = 0
+        self._lock = -1
         self._store = store
         self._facts = facts
         self._num_sessions = 0
@@ -121,10 +121,11 @@ class GrpcServer:
                 log.info("event=grpc_listening port=%d tls=%s", self.port, config.has_tls)
             if path is not None:
                 # The last that can fail: a server that never ran would leave its file behind.
+                self._lock = claim(path, "--grpc-socket")
                 _listen_unix(self._server, path, config.socket_group)
                 log.info("event=grpc_listening socket=%s", path)
         except BaseException:
-            await self._server.stop(None)
+            await self.close()
             raise
         await self._server.start()
         return self
@@ -132,6 +133,9 @@ class GrpcServer:
     async def close(self) -> None:
         """Take no more calls and end all sessions."""
         await self._server.stop(None)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _handlers(self) -> Any:
         # Requests come as bytes: what cannot be parsed gets an answer, and no trace in the log.
@@ -159,8 +163,11 @@ class GrpcServer:
         log.info("event=session_opened session=%d peer=%s", session.id, peer)
         try:
             await _converse(session, context)
+        except grpc.aio.InternalError:
+            # The client went away under an answer: an end of the stream like any other.
+            log.debug("event=client_gone session=%d", session.id)
         finally:
-            # Whatever ended the stream: its end, an error, or the cancellation of this very task.
+            # Whatever ended the stream, the cancellation of this very task among it.
             num_leases = len(session.leases)
             session.close()
             self._num_sessions -= 1
@@ -198,21 +205,10 @@ async def _converse(session: Session, context: Any) -> None:
         await _abort(context, DeadlineExceeded(f"no attach in {ATTACH_WITHIN_S} s"))
     # At the end of the stream there are no bytes but a mark.
     while isinstance(packet, bytes):
-        response = _answer(session, packet)
-        if response is not None:
-            await context.write(response.SerializeToString())
+        answer = session.handle_packet(packet)
+        if answer is not None:
+            await context.write(answer)
         packet = await context.read()
-
-
-def _answer(session: Session, packet: bytes) -> pb.Response | None:
-    try:
-        request = pb.Request.FromString(packet)
-    except DecodeError:
-        message = f"{len(packet)} bytes are no kvd.v1 request"
-        return pb.Response(error=pb.Error(code=InvalidRequest.code, message=message))
-    response = session.handle(request)
-    is_silent = request.id == 0 and request.WhichOneof("verb") == "release"
-    return None if is_silent else response
 
 
 async def _abort(context: Any, error: KvdError, status: grpc.StatusCode | None = None) -> NoReturn:
@@ -255,7 +251,6 @@ def _health_servicer(facts: admin.Facts) -> SimpleNamespace:
 
 
 def _listen_unix(server: grpc.aio.Server, path: Path, group: str) -> None:
-    _check_free(path)
     # The file has this mode from its first moment; there is none in which others could connect.
     umask = os.umask(0o177)
     try:
@@ -265,42 +260,7 @@ def _listen_unix(server: grpc.aio.Server, path: Path, group: str) -> None:
     finally:
         os.umask(umask)
     if group:
-        _give_to_group(path, group)
-
-
-def _give_to_group(path: Path, group: str) -> None:
-    try:
-        os.chown(path, -1, grp.getgrnam(group).gr_gid)
-        path.chmod(0o660)
-    except KeyError:
-        path.unlink()
-        raise ConfigError(f"there is no group {group!r} on this machine") from None
-    except OSError as error:
-        path.unlink()
-        raise ConfigError(f"cannot give {path} to group {group}: {error.strerror}") from error
-
-
-def _check_free(path: Path) -> None:
-    """Make sure that what is at `path`, if anything, is the socket of a daemon that is gone.
-
-    gRPC itself would take the name away from a living one.
-    """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not path.exists():
-            return
-    except OSError as error:
-        raise ConfigError(f"directory {path.parent} for the socket: {error.strerror}") from error
-    if not path.is_socket():
-        raise ConfigError(f"{path} exists and is no socket; choose another --grpc-socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            return
-        except OSError as error:
-            raise ConfigError(f"socket {path} cannot be tried: {error.strerror}") from error
-    raise ConfigError(f"socket {path} is in use; stop its daemon or choose another --grpc-socket")
+        give_to_group(path, group)
 
 
 def _listen_tcp(server: grpc.aio.Server, config: Config) -> int:
@@ -318,22 +278,19 @@ def _listen_tcp(server: grpc.aio.Server, config: Config) -> int:
 
 
 def _credentials(config: Config) -> grpc.ServerCredentials:
-    _check_pem(config)
-    pair = (Path(config.tls_key).read_bytes(), Path(config.tls_cert).read_bytes())
-    ca = Path(config.tls_client_ca).read_bytes() if config.tls_client_ca else None
-    return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+    files = TlsFiles(config)
+
+    def renewed() -> Any:
+        # Asked at each handshake, on a thread of gRPC's; None is no change.
+        pem = files.read_again()
+        return _certificates(pem) if pem else None
+
+    return grpc.dynamic_ssl_server_credentials(
+        _certificates(files.read()),
+        renewed,
+        require_client_authentication=bool(config.tls_client_ca),
+    )
 
 
-def _check_pem(config: Config) -> None:
-    """Raise `ConfigError` for files that make no TLS; gRPC would only say that it cannot listen."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        # An encrypted key would ask for its password on the terminal.
-        context.load_cert_chain(config.tls_cert, config.tls_key, password="")
-        if config.tls_client_ca:
-            context.load_verify_locations(config.tls_client_ca)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"tls_cert {config.tls_cert}, tls_key {config.tls_key} and tls_client_ca "
-            f"{config.tls_client_ca or 'none'} make no TLS: {error}"
-        ) from error
+def _certificates(pem: TlsPem) -> Any:
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.cert)], pem.client_ca)

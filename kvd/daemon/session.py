@@ -23,7 +23,13 @@ from kvd.errors import InvalidRequest, KvdError, LeaseExpired, TooLarge, Unknown
 from kvd.keys import ChunkKey, check_key, split_keys
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.convert import layout_from_message
-from kvd.proto.limits import DATA_SIZE_MAX, KEYS_MAX, MESSAGE_SIZE_MAX, PROTOCOL_VERSION
+from kvd.proto.limits import (
+    DATA_SIZE_MAX,
+    GRPC_MESSAGE_SIZE_MAX,
+    KEYS_MAX,
+    MESSAGE_SIZE_MAX,
+    PROTOCOL_VERSION,
+)
 
 log = logging.getLogger("kvd.session")
 
@@ -49,6 +55,7 @@ class Session:
         self._store = store
         self._facts = facts
         self._has_arena = has_arena
+        self._message_size_max = MESSAGE_SIZE_MAX if has_arena else GRPC_MESSAGE_SIZE_MAX
         self._verbs: dict[str, Callable[..., object]] = {
             "attach": self._attach,
             "declare": self._declare,
@@ -68,8 +75,8 @@ class Session:
 
     def handle_packet(self, packet: bytes) -> bytes | None:
         """The answer to one encoded request, or None if it wants none. Never raises."""
-        if len(packet) > MESSAGE_SIZE_MAX:
-            message = f"a message has at most {MESSAGE_SIZE_MAX} bytes"
+        if len(packet) > self._message_size_max:
+            message = f"a message has at most {self._message_size_max} bytes"
             return _failure(0, TooLarge.code, message).SerializeToString()
         try:
             request = pb.Request.FromString(packet)
@@ -80,7 +87,7 @@ class Session:
         if request.id == 0 and request.WhichOneof("verb") == "release":
             return None
         answer = response.SerializeToString()
-        if len(answer) > MESSAGE_SIZE_MAX:
+        if len(answer) > self._message_size_max:
             message = f"the answer has {len(answer)} bytes, ask for less at once"
             return _failure(request.id, TooLarge.code, message).SerializeToString()
         return answer
@@ -129,7 +136,7 @@ class Session:
             session=self.id,
             now_ns=time.monotonic_ns(),
             arena_size=self._store.tier.size if self._has_arena else 0,
-            message_size_max=MESSAGE_SIZE_MAX,
+            message_size_max=self._message_size_max,
             instance=self._facts.instance,
             daemon_version=self._facts.version,
         )
@@ -144,7 +151,10 @@ class Session:
         self._facts.check_serving()
         metas = _metas_of(message)
         lease, states = self._store.reserve(
-            metas, lease_ns=message.lease_ns or LEASE_NS_DEFAULT, now_ns=time.monotonic_ns()
+            metas,
+            lease_ns=message.lease_ns or LEASE_NS_DEFAULT,
+            now_ns=time.monotonic_ns(),
+            is_shared=self._has_arena,
         )
         reply = pb.ReserveReply(states=[_STATES[state] for state in states])
         if lease is not None:

@@ -85,7 +85,12 @@ class ChunkStore:
         return found
 
     def reserve(
-        self, metas: Sequence[ChunkMeta], *, lease_ns: int, now_ns: int
+        self,
+        metas: Sequence[ChunkMeta],
+        *,
+        lease_ns: int,
+        now_ns: int,
+        is_shared: bool = True,
     ) -> tuple[WriteLease | None, list[ReserveState]]:
         """Extents for those chunks that are neither here nor on their way, evicting others where
         needed.
@@ -103,7 +108,7 @@ class ChunkStore:
                 f"the {self.tier.name} tier has {self.tier.size}"
             )
         states: list[ReserveState] = []
-        lease = WriteLease(next(self._lease_ids), now_ns + lease_ns)
+        lease = WriteLease(next(self._lease_ids), now_ns + lease_ns, is_shared=is_shared)
         family = self._family(metas)
         for entry in family:
             self._pin(entry)
@@ -211,9 +216,7 @@ class ChunkStore:
         self._expire(lease)
         self._end(lease)
         if isinstance(lease, WriteLease):
-            for extent in lease.extents:
-                self._reserved_size -= self.tier.allocated_size(extent)
-                self.tier.free(extent)
+            self._free(lease)
 
     def expire(self, now_ns: int) -> int:
         """Take the pins of read leases whose deadline and grace have passed; how many leases that
@@ -437,10 +440,19 @@ class ChunkStore:
         if isinstance(lease, WriteLease):
             for meta in lease.metas:
                 del self._writing[meta.key]
+            if not lease.is_shared:
+                self.num_reserved -= len(lease.extents)
+                self._free(lease)
             return
         for entry in lease.entries:
             self._unpin(entry)
         lease.entries = []
+
+    def _free(self, lease: WriteLease) -> None:
+        for extent in lease.extents:
+            self._reserved_size -= self.tier.allocated_size(extent)
+            self.tier.free(extent)
+        lease.extents = []
 
     def _pin(self, entry: Entry) -> None:
         if not entry.pins:

@@ -72,7 +72,8 @@ class Recorder:
         with self._lock:
             return Stats(
                 **self._counts,
-                **self._seconds,
+                load_s=self._seconds["load_s"],
+                store_s=self._seconds["store_s"],
                 bypassed=MappingProxyType(dict(self._bypassed)),
                 failures=MappingProxyType(dict(self._failures)),
             )

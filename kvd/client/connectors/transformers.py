@@ -86,7 +86,8 @@ def attach(
     Raises `Unsupported` with the reason for a model that cannot be served exactly, and
     `InvalidRequest` for one that kvd is attached to already.
     """
-    if isinstance(getattr(model.generate, "kvd_connector", None), Connector):
+    generate = getattr(model, "generate", None)
+    if isinstance(getattr(generate, "kvd_connector", None), Connector):
         raise InvalidRequest("kvd is attached to this model already; detach it first")
     layout = layout_of(model, chunk_tokens=chunk_tokens, salt=salt, revision=revision)
     return Connector(
@@ -119,6 +120,7 @@ class Connector:
         self._category = category
         self._timeout_s = timeout_s
         self._store_generated = store_generated
+        self._device: torch.device = model.device
         self._state = state_of(model)
         self._recorder = Recorder(log)
         self._stores = _StoreQueue()
@@ -199,7 +201,7 @@ class Connector:
         started_s = time.perf_counter()
         num_loaded = self._load(cache, keys[:num_prefilled])
         computed_s = time.perf_counter()
-        input_ids = prompt.to(self._model.device)
+        input_ids = prompt.to(self._device)
         for start in range(num_loaded * chunk_tokens, num_prefilled * chunk_tokens, chunk_tokens):
             extend(self._model, cache, input_ids[:, start : start + chunk_tokens])
         self._recorder.add(
@@ -260,21 +262,22 @@ class Connector:
         return num_loaded
 
     def _read(self, leases: Sequence[Lease]) -> list[Planes]:
-        """K and V of each layer, copied out of the pinned chunks: one copy."""
+        """K and V of each layer, copied out of the pinned chunks: one copy, and the same strides
+        as KV that was computed.
+        """
         chunks = [lease.tensor(index) for lease in leases for index in range(len(lease))]
-        device = self._model.device
-        planes = [
-            torch.cat([chunk[layer, plane] for chunk in chunks]).unsqueeze(0).transpose(1, 2)
-            for layer in range(self.layout.num_layers)
-            for plane in range(2)
-        ]
+        planes: list[Planes] = []
+        for layer in range(self.layout.num_layers):
+            k, v = (
+                torch.cat([chunk[layer, plane].transpose(0, 1) for chunk in chunks], dim=1)
+                for plane in range(self.layout.num_planes)
+            )
+            planes.append((k.unsqueeze(0).to(self._device), v.unsqueeze(0).to(self._device)))
         if self._client.verify:
             for lease in leases:
                 for index in range(len(lease)):
                     lease.verify(index)
-        return [
-            (k.to(device), v.to(device)) for k, v in zip(planes[::2], planes[1::2], strict=True)
-        ]
+        return planes
 
     def _submit(self, job: _Store, cache: Any, keys: Sequence[ChunkKey]) -> None:
         """Have the chunks from `job.first` on stored from the cache as it is now.
@@ -283,8 +286,8 @@ class Connector:
         """
         if job.first >= len(keys):
             return
-        if self._model.device.type == "cuda":
-            torch.cuda.current_stream(self._model.device).synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         job.planes = [(layer.keys, layer.values) for layer in cache.layers]
         if not self._stores.submit(functools.partial(self._store, job)):
             self._recorder.add(stores_dropped=1)
@@ -343,7 +346,8 @@ class _FirstToken(StoppingCriteria):  # type: ignore[misc]  # the base class car
     def __init__(self, tell: Callable[[], None]) -> None:
         self._tell: Callable[[], None] | None = tell
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """bool [batch], all False. `input_ids` is int64 [batch, tokens]."""
         tell, self._tell = self._tell, None
         if tell is not None:
             tell()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,6 @@ from kvd.errors import Unsupported
 from kvd.layout import DTYPE_SIZES, KVLayout
 
 PROBE_TOKENS = 8
-
-# How far KV may be from itself when it is computed with other rows beside it, relative to its
-# length: rounding of bfloat16 through thirty layers stays below 0.02, attention that looks ahead is
-# near 1.
-DEVIATION_MAX = 0.1
 
 # Kinds of RoPE whose frequencies are fixed when the model is made. "dynamic" and "longrope" choose
 # them by the prompt's length: the same tokens have other keys in a longer prompt.
@@ -57,8 +52,10 @@ _CONFIG_IGNORED = frozenset(
     }
 )
 
-# `PreTrainedModel` carries no types, so a model is `Any` here.
+# `PreTrainedModel` carries no types that check, so a model is `Any` here.
 Model = Any
+
+_GENERATE: Callable[..., Any] = vars(GenerationMixin)["generate"]
 
 
 def layout_of(model: Model, *, chunk_tokens: int, salt: str, revision: str | None) -> KVLayout:
@@ -113,7 +110,7 @@ def empty_cache(model: Model) -> Any:
 
 def state_of(model: Model) -> tuple[object, ...]:
     """What changes when the model is no longer the one whose layout was taken: its weights, their
-    place and form, adapters, the attention's implementation. Costs a microsecond a tensor.
+    place and form, adapters, the attention's implementation. Costs some microseconds a tensor.
 
     Writing through `.data` of a tensor is the one change of weights that it cannot see.
     """
@@ -147,21 +144,22 @@ def config_digest(config: Any) -> str:
 
 
 def _check_class(model: Model) -> None:
+    found: Any = type(model)
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise Unsupported(
-            f"{type(model).__name__} is no causal LM of transformers; "
+            f"{found.__name__} is no causal LM of transformers; "
             "attach to the model itself, not to what wraps it"
         )
     if model.config.is_encoder_decoder:
-        raise Unsupported(f"{type(model).__name__} is an encoder-decoder model")
+        raise Unsupported(f"{found.__name__} is an encoder-decoder model")
     if model.config.get_text_config(decoder=True) is not model.config:
-        raise Unsupported(
-            f"{type(model).__name__} is multimodal: its KV does not depend on tokens alone"
-        )
-    if type(model).generate is not GenerationMixin.generate:
-        raise Unsupported(f"{type(model).__name__} brings a generate of its own")
-    if type(model).__module__.startswith("transformers_modules"):
-        raise Unsupported(f"{type(model).__name__} is code from outside transformers")
+        raise Unsupported(f"{found.__name__} is multimodal: its KV does not depend on tokens alone")
+    if found.generate is not _GENERATE:
+        raise Unsupported(f"{found.__name__} brings a generate of its own")
+    if any(getattr(module, "is_causal", True) is False for module in model.modules()):
+        raise Unsupported(f"{found.__name__} has attention that is not causal")
+    if found.__module__.startswith("transformers_modules"):
+        raise Unsupported(f"{found.__name__} is code from outside transformers")
     if model.training:
         raise Unsupported("the model is in training mode; call model.eval() first")
 
@@ -245,8 +243,11 @@ def _probe(model: Model) -> Any:
         for plane in ("keys", "values")
     ]
     # The median: in a mixture of experts a rounding may send one token elsewhere in one layer.
-    if sorted(deviations)[len(deviations) // 2] > DEVIATION_MAX:
-        raise Unsupported("the KV of a prefix depends on what follows it (attention looks ahead)")
+    deviation = sorted(deviations)[len(deviations) // 2]
+    if deviation > _deviation_max(first.keys.dtype):
+        raise Unsupported(
+            f"the KV of a prefix depends on what follows it (it moves by {deviation:.2g})"
+        )
     return first
 
 
@@ -268,9 +269,7 @@ def _generate_one(model: Model, ids: torch.Tensor, cache: Any) -> None:
     """One token from `ids`, int64 [1, tokens], the first of which `cache` holds."""
     config = GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0)
     mask = torch.ones_like(ids)
-    GenerationMixin.generate(
-        model, ids, generation_config=config, attention_mask=mask, past_key_values=cache
-    )
+    _GENERATE(model, ids, generation_config=config, attention_mask=mask, past_key_values=cache)
     if cache.get_seq_length() != ids.shape[1]:
         raise Unsupported(
             f"generate left {cache.get_seq_length()} tokens in the cache it was handed, "
@@ -281,6 +280,14 @@ def _generate_one(model: Model, ids: torch.Tensor, cache: Any) -> None:
 def _deviation(one: torch.Tensor, other: torch.Tensor) -> float:
     a, b = one.double(), other.double()
     return float((a - b).norm() / a.norm().clamp_min(1e-30))
+
+
+def _deviation_max(dtype: torch.dtype) -> float:
+    """How far rounding may move KV that is computed with other rows beside it, relative to the KV's
+    norm: the square root of the dtype's precision, 3e-4 in float32 and 0.09 in bfloat16.
+    """
+    is_rough = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return float(torch.finfo(torch.bfloat16 if is_rough else dtype).eps ** 0.5)
 
 
 def _numerics(model: Model) -> tuple[str, ...]:
