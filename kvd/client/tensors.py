@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvd.client.copies import copy
 from kvd.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -55,10 +56,10 @@ def copy_in(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...], source: 
         source = np.frombuffer(source, dtype=np.uint8)
     array = np.asarray(source)
     if array.dtype == np.uint8 and array.shape == raw.shape:
-        np.copyto(raw, array)
+        copy(raw, array)
         return
     target = as_array(raw, dtype, shape)
-    np.copyto(target, _as_stored(array, target, dtype, shape))
+    copy(target, _as_stored(array, target, dtype, shape))
 
 
 def copy_out(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...], out: Any) -> None:
@@ -72,10 +73,10 @@ def copy_out(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...], out: An
     if isinstance(out, (bytearray, memoryview)):
         out = np.frombuffer(out, dtype=np.uint8)
     if out.dtype == np.uint8 and out.shape == raw.shape:
-        np.copyto(out, raw)
+        copy(out, raw)
         return
     source = as_array(raw, dtype, shape)
-    np.copyto(_as_stored(out, source, dtype, shape), source)
+    copy(_as_stored(out, source, dtype, shape), source)
 
 
 def _as_stored(

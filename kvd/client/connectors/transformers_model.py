@@ -228,8 +228,10 @@ def _probe(model: Model) -> Any:
     ids = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0) % model.config.vocab_size
     whole, parts = empty_cache(model), empty_cache(model)
     extend(model, whole, ids)
+    _check_length(whole, PROBE_TOKENS)
     extend(model, parts, ids[:, : PROBE_TOKENS // 2])
     _generate_one(model, ids, parts)
+    _check_length(parts, PROBE_TOKENS)
     num_layers = int(model.config.num_hidden_layers)
     found = [type(layer) for layer in (*whole.layers, *parts.layers)]
     if found != [DynamicLayer] * num_layers * 2:
@@ -265,16 +267,19 @@ def _check_planes(index: int, layer: Any, first: Any) -> None:
         raise Unsupported(f"KV of dtype {first.keys.dtype}")
 
 
+def _check_length(cache: Any, num_tokens: int) -> None:
+    if cache.get_seq_length() != num_tokens:
+        raise Unsupported(
+            f"the model keeps {cache.get_seq_length()} tokens in the layers of its cache, "
+            f"{num_tokens} expected"
+        )
+
+
 def _generate_one(model: Model, ids: torch.Tensor, cache: Any) -> None:
     """One token from `ids`, int64 [1, tokens], the first of which `cache` holds."""
     config = GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0)
     mask = torch.ones_like(ids)
     _GENERATE(model, ids, generation_config=config, attention_mask=mask, past_key_values=cache)
-    if cache.get_seq_length() != ids.shape[1]:
-        raise Unsupported(
-            f"generate left {cache.get_seq_length()} tokens in the cache it was handed, "
-            f"{ids.shape[1]} expected"
-        )
 
 
 def _deviation(one: torch.Tensor, other: torch.Tensor) -> float:
