@@ -1,0 +1,163 @@
+"""The directory of a segment log: who owns it, and the header of the log as a whole.
+
+lock       held (flock) by the one process that has the log open; its pid
+log        the log's header, replaced whole each time the log is opened
+segment-*  the segments
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+
+from kvd.errors import ConfigError, Corrupt, KvdError, Unsupported
+from kvd.tiers.aligned import aligned_bytes, read_all, read_bytes, write_all
+from kvd.tiers.file_ops import FileOps
+from kvd.tiers.segment import (
+    BLOCK_SIZE,
+    RUN_MAX,
+    RUN_SHIFT,
+    LogHeader,
+    SegmentHeader,
+    check_segment_size,
+    pack_log,
+    parse_log,
+    parse_segment,
+)
+from kvd.tiers.segment_files import drop_unfinished, find_segments, segment_path
+
+
+class LogDirectory:
+    """`path`, locked, with a header of this run. Raises `ConfigError` where that cannot be."""
+
+    def __init__(self, path: Path, segment_size: int, *, ops: FileOps) -> None:
+        self.path = path
+        self._ops = ops
+        try:
+            check_segment_size(segment_size)
+        except Corrupt as error:
+            raise ConfigError(f"no segment can have {segment_size} bytes") from error
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_fd = self._lock()
+        except OSError as error:
+            raise ConfigError(f"{path} cannot hold a segment log: {error}") from error
+        try:
+            drop_unfinished(path, ops)
+            found = self._find_header()
+            if found is not None and found.segment_size != segment_size:
+                raise ConfigError(
+                    f"{path} has segments of {found.segment_size} bytes, {segment_size} asked for"
+                )
+            self.header = _next_run(found, segment_size)
+            self._write_header()
+            # Some file systems refuse O_DIRECT when opening, some only when reading.
+            self.direct_error = self._try_direct()
+        except OSError as error:
+            self.close()
+            raise ConfigError(f"{path} cannot hold a segment log: {error}") from error
+        except KvdError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let the next one have it."""
+        if self._lock_fd >= 0:
+            self._ops.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _lock(self) -> int:
+        fd = self._ops.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+            self._ops.close(fd)
+            raise ConfigError(
+                f"{self.path} is in use by process {owner or 'unknown'}; one daemon a path"
+            ) from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return fd
+
+    def _find_header(self) -> LogHeader | None:
+        path = self.path / "log"
+        try:
+            block = path.read_bytes()
+        except FileNotFoundError:
+            return self._header_from_segments()
+        try:
+            return parse_log(block)
+        except Unsupported as error:
+            raise ConfigError(f"{self.path} was written by another kvd: {error}") from error
+        except Corrupt:
+            return self._header_from_segments()
+
+    def _header_from_segments(self) -> LogHeader | None:
+        # The header is lost: the segments say whose they are, as long as all say the same.
+        headers = [
+            header
+            for slot in find_segments(self.path)
+            if (header := read_segment_header(segment_path(self.path, slot), self._ops))
+        ]
+        if not headers:
+            return None
+        newest = max(headers, key=lambda header: header.sequence)
+        if any(header.log_id != newest.log_id for header in headers):
+            raise ConfigError(f"{self.path} holds segments of more than one log and no header")
+        return LogHeader(
+            log_id=newest.log_id,
+            segment_size=newest.segment_size,
+            run=max(newest.sequence >> RUN_SHIFT, 1),
+        )
+
+    def _write_header(self) -> None:
+        fresh = self.path / "log.new"
+        fd = self._ops.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        try:
+            block = aligned_bytes(BLOCK_SIZE)
+            memoryview(block)[:] = pack_log(self.header)
+            write_all(self._ops, fd, [block], 0)
+            self._ops.fsync(fd)
+        finally:
+            self._ops.close(fd)
+        self._ops.rename(fresh, self.path / "log")
+        self._ops.sync_directory(self.path)
+
+    def _try_direct(self) -> OSError | None:
+        try:
+            fd = self._ops.open(self.path / "log", os.O_RDONLY | os.O_DIRECT)
+            try:
+                read_all(self._ops, fd, [aligned_bytes(BLOCK_SIZE)], 0)
+            finally:
+                self._ops.close(fd)
+        except OSError as error:
+            return error
+        return None
+
+
+def read_segment_header(path: Path, ops: FileOps) -> SegmentHeader | None:
+    """A segment's header, or None where there is none. Raises `OSError`, and `ConfigError` for one
+    of another version.
+    """
+    fd = ops.open(path, os.O_RDONLY)
+    try:
+        block = read_bytes(ops, fd, BLOCK_SIZE, 0)
+    finally:
+        ops.close(fd)
+    try:
+        return parse_segment(block) if block is not None else None
+    except Unsupported as error:
+        raise ConfigError(f"{path} was written by another kvd: {error}") from error
+    except Corrupt:
+        return None
+
+
+def _next_run(found: LogHeader | None, segment_size: int) -> LogHeader:
+    if found is None:
+        return LogHeader(log_id=secrets.token_bytes(16), segment_size=segment_size, run=1)
+    if found.run >= RUN_MAX:
+        raise ConfigError(f"the log was opened {RUN_MAX} times; start a new one")
+    return LogHeader(log_id=found.log_id, segment_size=segment_size, run=found.run + 1)
