@@ -11,10 +11,15 @@ however many chunks there are. Hashing 131,072 tokens is 512 KiB of BLAKE2b at 1
 
 What is compared, all in one run, sample beside sample, each client a process of its own:
 
-    memcpy      numpy's copyto between prefaulted private buffers
-    kvd local   client.store = reserve, copy, commit; client.load = pin, copy, release
-    kvd gRPC    the same calls without shared memory, bytes over a Unix socket
-    Redis       SET and GET over a Unix socket, redis-py with hiredis, nothing on disk
+    memcpy          numpy's copyto between prefaulted private buffers: one thread
+    memcpy shared   the same with the client's own copy, which shares large ones among threads
+    kvd local       client.store = reserve, copy, commit; client.load = pin, copy, release
+    kvd gRPC        the same calls without shared memory, bytes over a Unix socket
+    Redis           SET and GET over a Unix socket, redis-py with hiredis, nothing on disk
+
+The figures compare with one thread's memcpy. From 4 MiB on the client copies with more threads
+where it has more cores, and can be faster than that: what the planes add to the copy itself is the
+distance from `memcpy shared`, and what the threads cost is in the CPU seconds.
 
 Memory is warm: daemon and clients have touched every page of the arena before, and it is full, so
 that each store takes the place of the chunk unused for longest. First touch stands in rows of its

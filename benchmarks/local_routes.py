@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 import kvd
 from benchmarks.common import huge_share
+from kvd.client.copies import copy as copy_shared
 from kvd.keys import ChunkKey
 
 # 256 tokens a chunk, as engines of kvd use it: the layouts below differ in bytes a token.
@@ -32,22 +33,6 @@ CALL_S_MAX = 60.0
 REDIS_VALUES = 4
 
 Bytes = NDArray[np.uint8]
-
-
-class Route(Protocol):
-    """One way to move chunks of the size that `prepare` was told last."""
-
-    def prepare(self, size: int, keys: Sequence[ChunkKey]) -> None:
-        """Chunks of `size` bytes from now on; `keys` are stored already, to be loaded in turn."""
-
-    def store(self) -> None:
-        """One chunk out of `source`."""
-
-    def load(self) -> None:
-        """One chunk into `target`."""
-
-    def check(self) -> None:
-        """Store a chunk, load it, and see that the bytes are the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +49,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare:
-    """Get ready for chunks of `size` bytes."""
+    """Get ready for chunks of `size` bytes; `keys` are stored already, to be loaded in turn."""
 
     size: int
     keys: Sequence[ChunkKey]
@@ -94,28 +79,47 @@ class Ran:
     calls_ns: NDArray[np.int64]
 
 
+class Route(Protocol):
+    """One way to move chunks as `prepare` was told last."""
+
+    def prepare(self, order: Prepare) -> None:
+        """Chunks of another size from now on."""
+
+    def store(self) -> None:
+        """One chunk out of `source`."""
+
+    def load(self) -> None:
+        """One chunk into `target`."""
+
+    def check(self) -> None:
+        """Store a chunk, load it, and see that the bytes are the same."""
+
+
 class Memcpy:
-    """numpy's copy between prefaulted private memory: the speed of light."""
+    """A copy between prefaulted private memory: the speed of light. `copy(target, source)`."""
 
-    def __init__(self, source: Bytes, target: Bytes, pool: Bytes) -> None:
-        self._source, self._target, self._pool = source, target, pool
-        self.num_clients = 1
+    def __init__(
+        self, source: Bytes, target: Bytes, pool: Bytes, copy: Callable[[Bytes, Bytes], None]
+    ) -> None:
+        self._source, self._target, self._pool, self._copy = source, target, pool, copy
 
-    def prepare(self, size: int, keys: Sequence[ChunkKey]) -> None:
+    def prepare(self, order: Prepare) -> None:
+        size = order.size
         self._from, self._to = self._source[:size], self._target[:size]
-        places = range(0, self._pool.size // self.num_clients - size + 1, size)
+        places = range(0, self._pool.size // order.num_clients - size + 1, size)
         self._places = cycle([self._pool[at : at + size] for at in places])
 
     def store(self) -> None:
-        np.copyto(next(self._places), self._from)
+        self._copy(next(self._places), self._from)
 
     def load(self) -> None:
-        np.copyto(self._to, next(self._places))
+        self._copy(self._to, next(self._places))
 
     def check(self) -> None:
+        self._to[:] = 0
         place = next(self._places)
-        np.copyto(place, self._from)
-        np.copyto(self._to, place)
+        self._copy(place, self._from)
+        self._copy(self._to, place)
         assert np.array_equal(self._from, self._to)
 
 
@@ -123,10 +127,10 @@ class FirstTouch(Memcpy):
     """The same copy into memory that nobody has touched: the kernel finds and clears each page."""
 
     def store(self) -> None:
-        np.copyto(np.empty_like(self._from), self._from)
+        self._copy(np.empty_like(self._from), self._from)
 
     def load(self) -> None:
-        np.copyto(np.empty_like(self._to), next(self._places))
+        self._copy(np.empty_like(self._to), next(self._places))
 
 
 class Kvd:
@@ -136,10 +140,10 @@ class Kvd:
         self._source, self._target = source, target
         self._client = kvd.connect(address, timeout_s=CALL_S_MAX, name="benchmark")
 
-    def prepare(self, size: int, keys: Sequence[ChunkKey]) -> None:
-        self._layout = layout_of(size)
-        self._from, self._to = self._source[:size], self._target[:size]
-        self._keys = cycle(keys)
+    def prepare(self, order: Prepare) -> None:
+        self._layout = layout_of(order.size)
+        self._from, self._to = self._source[: order.size], self._target[: order.size]
+        self._keys = cycle(order.keys)
 
     def store(self) -> None:
         states = self._client.store(self._layout, [new_key()], [self._from])
@@ -166,10 +170,10 @@ class Redis:
         self._client = redis.Redis(unix_socket_path=socket, socket_timeout=CALL_S_MAX)
         self._names: list[str] = []
 
-    def prepare(self, size: int, keys: Sequence[ChunkKey]) -> None:
+    def prepare(self, order: Prepare) -> None:
         if self._names:
             self._client.delete(*self._names)
-        self._value = self._source[:size].tobytes()
+        self._value = self._source[: order.size].tobytes()
         self._names = [f"{self._index}.{number}" for number in range(REDIS_VALUES)]
         self._turn = cycle(self._names)
         for _ in self._names:
@@ -205,11 +209,11 @@ class _Client:
         target.fill(1)
         pool.fill(1)
         self.huge_share = huge_share(source.size + target.size + pool.size)
-        self._memcpy = Memcpy(source, target, pool)
         local = Kvd(source, target, setup.local_address)
         routes: dict[str, Route] = {
-            "memcpy": self._memcpy,
+            "memcpy": Memcpy(source, target, pool, np.copyto),
             "kvd local": local,
+            "memcpy shared": Memcpy(source, target, pool, copy_shared),
             "kvd gRPC": Kvd(source, target, setup.grpc_address),
         }
         if setup.redis_socket is not None:
@@ -219,13 +223,12 @@ class _Client:
         self._routes: dict[str, Route] = {
             **routes,
             "kvd first use": local,
-            "first touch": FirstTouch(source, target, pool),
+            "first touch": FirstTouch(source, target, pool, np.copyto),
         }
 
     def prepare(self, order: Prepare) -> str:
-        self._memcpy.num_clients = order.num_clients
         for route in self._routes.values():
-            route.prepare(order.size, order.keys)
+            route.prepare(order)
         return "ready"
 
     def run(self, order: Run) -> Ran:

@@ -7,7 +7,6 @@ first pays in its memory cgroup.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import mmap
@@ -20,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvd.errors import ConfigError, Unavailable
+from kvd.mapping import HUGE_PAGE_SIZE, Mapping
 
 HugePages = Literal["auto", "never", "require"]
 
-HUGE_PAGE_SIZE = 2 << 20
+# Huge pages from the kernel's pool, huge pages made of ordinary ones, or (in part) ordinary ones.
+Pages = Literal["huge", "transparent", "small"]
 
 # Populated in steps, so that progress can be shown and a signal is answered.
 POPULATE_STEP_SIZE = 256 << 20
@@ -31,7 +32,7 @@ POPULATE_STEP_SIZE = 256 << 20
 # linux/mman.h since 5.14; Python has no name for them.
 _MADV_POPULATE_WRITE = 23
 _MADV_DONTFORK = 10
-_MADV_HUGEPAGE = 14
+_MADV_COLLAPSE = 25
 
 # linux/memfd.h since 6.3: memory that can never be run as a program.
 _MFD_NOEXEC_SEAL = 8
@@ -46,18 +47,15 @@ class Arena:
     which only lets go of the descriptor: bytes never vanish under a reader.
     """
 
-    def __init__(self, fd: int, size: int, *, huge_pages: bool) -> None:
+    def __init__(self, fd: int, size: int, *, is_huge: bool) -> None:
         self.fd = fd
         self.size = size
-        self.huge_pages = huge_pages
-        self._map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        self.pages: Pages = "huge" if is_huge else "small"
+        self._map = Mapping(fd, size)
         # A forked child must not hold the arena: the daemon would take its parent's death for the
         # end of all writing.
-        self._map.madvise(_MADV_DONTFORK)
-        with contextlib.suppress(OSError):
-            # Takes effect where /sys/kernel/mm/transparent_hugepage/shmem_enabled is "advise".
-            self._map.madvise(_MADV_HUGEPAGE)
-        self.bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        self._map.advise(_MADV_DONTFORK, 0, size)
+        self.bytes: NDArray[np.uint8] = self._map.bytes
         self._populated = bytearray(-(-size // HUGE_PAGE_SIZE))
 
     @classmethod
@@ -78,7 +76,7 @@ class Arena:
             os.ftruncate(fd, size)
             os.fchmod(fd, 0o600)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            return cls(fd, size, huge_pages=use_huge)
+            return cls(fd, size, is_huge=use_huge)
         except BaseException:
             os.close(fd)
             raise
@@ -92,7 +90,7 @@ class Arena:
             if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                 raise Unavailable("the daemon's arena is not sealed against shrinking")
             status = os.fstat(fd)
-            return cls(fd, status.st_size, huge_pages=status.st_blksize >= HUGE_PAGE_SIZE)
+            return cls(fd, status.st_size, is_huge=status.st_blksize >= HUGE_PAGE_SIZE)
         except BaseException:
             os.close(fd)
             raise
@@ -105,10 +103,18 @@ class Arena:
             raise Unavailable(f"extent {offset}+{size} is outside the arena of {self.size} bytes")
         return self.bytes[offset : offset + size]
 
-    def populate(self, progress: Callable[[int], None] | None = None) -> None:
-        """Give every page its memory, in steps; `progress` hears the bytes done so far."""
+    def populate(
+        self, progress: Callable[[int], None] | None = None, *, huge_pages: HugePages = "auto"
+    ) -> None:
+        """Give every page its memory, in steps; `progress` hears the bytes done so far.
+
+        Ordinary pages are made into huge ones unless `huge_pages` is "never" or the kernel refuses;
+        `pages` says then what they are.
+        """
         for start in range(0, self.size, POPULATE_STEP_SIZE):
             end = min(start + POPULATE_STEP_SIZE, self.size)
+            if self.pages != "huge" and huge_pages != "never":
+                self._collapse(start, end)
             self._touch(start, end)
             if progress:
                 progress(end)
@@ -123,9 +129,21 @@ class Arena:
             return
         self._touch(missing * HUGE_PAGE_SIZE, min(last * HUGE_PAGE_SIZE, self.size))
 
+    def _collapse(self, start: int, end: int) -> None:
+        """Make huge pages of `start` to `end`; what cannot be stays as it is."""
+        # The kernel wants a page to begin with: adding nothing to a byte makes one.
+        self.bytes[start:end:HUGE_PAGE_SIZE] |= 0
+        try:
+            self._map.advise(_MADV_COLLAPSE, start, end - start)
+        except OSError:
+            # Before Linux 6.1, or no 2 MiB of memory in one piece.
+            self.pages = "small"
+        else:
+            self.pages = "transparent" if start == 0 or self.pages == "transparent" else "small"
+
     def _touch(self, start: int, end: int) -> None:
         try:
-            self._map.madvise(_MADV_POPULATE_WRITE, start, end - start)
+            self._map.advise(_MADV_POPULATE_WRITE, start, end - start)
         except OSError as error:
             if error.errno == errno.ENOMEM:
                 raise ConfigError(

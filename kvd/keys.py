@@ -38,13 +38,15 @@ def chain_keys(root: bytes, tokens: ArrayLike, *, chunk_tokens: int) -> list[Chu
     `root` is a layout's fingerprint, or the key of the chunk before `tokens[0]` to go on from
     there.
     """
-    packed = pack_tokens(tokens)
+    packed = _pack(tokens)
     size = chunk_tokens * 4
     keys = []
     parent = check_key(root)
     for offset in range(0, len(packed) - size + 1, size):
-        parent = blake2b(_CHAIN + parent + packed[offset : offset + size], digest_size=32).digest()
-        keys.append(ChunkKey(parent))
+        digest = blake2b(_CHAIN + parent, digest_size=32)
+        digest.update(packed[offset : offset + size])
+        parent = ChunkKey(digest.digest())
+        keys.append(parent)
     return keys
 
 
@@ -77,6 +79,10 @@ def pack_tokens(tokens: ArrayLike) -> bytes:
 
     Raises `InvalidRequest` for anything that is not a flat row of integers in [0, 2**32).
     """
+    return bytes(_pack(tokens))
+
+
+def _pack(tokens: ArrayLike) -> memoryview:
     array: NDArray[np.generic] = np.asarray(tokens)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InvalidRequest(
@@ -84,7 +90,10 @@ def pack_tokens(tokens: ArrayLike) -> bytes:
         )
     if array.size and (int(array.min()) < 0 or int(array.max()) >= 1 << 32):
         raise InvalidRequest(f"token ids must be in [0, 2**32), found {array.min()}..{array.max()}")
-    return array.astype("<u4").tobytes()
+    # No copy where the tokens are 32 bits wide already.
+    is_wide = array.dtype.str in ("<i4", "<u4")
+    narrow = array.view("<u4") if is_wide else array.astype("<u4")
+    return memoryview(np.ascontiguousarray(narrow)).cast("B")
 
 
 def check_key(key: bytes) -> bytes:
@@ -106,6 +115,23 @@ def split_keys(packed: bytes) -> list[ChunkKey]:
             f"packed keys must be a multiple of {KEY_SIZE} bytes, found {len(packed)}"
         )
     return [ChunkKey(packed[at : at + KEY_SIZE]) for at in range(0, len(packed), KEY_SIZE)]
+
+
+class PackedKeys:
+    """Joined keys, cut off one by one as they are asked for: a bisection wants ten of 512."""
+
+    def __init__(self, packed: bytes) -> None:
+        if len(packed) % KEY_SIZE:
+            raise InvalidRequest(
+                f"packed keys must be a multiple of {KEY_SIZE} bytes, found {len(packed)}"
+            )
+        self._packed = packed
+
+    def __len__(self) -> int:
+        return len(self._packed) // KEY_SIZE
+
+    def __getitem__(self, index: int) -> ChunkKey:
+        return ChunkKey(self._packed[index * KEY_SIZE : (index + 1) * KEY_SIZE])
 
 
 def parse_key(text: str) -> ChunkKey:

@@ -12,6 +12,12 @@ from kvd.client import copies
 from kvd.client.copies import PIECE_SIZE, SHARED_SIZE_MIN, copy
 
 
+@pytest.fixture(params=[0, copies.HELPERS_MAX], autouse=True)
+def num_helpers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without help, whatever the machine is doing."""
+    monkeypatch.setattr(copies, "_num_idle_cores", lambda: request.param)
+
+
 @pytest.mark.parametrize(
     "size", [0, 1, SHARED_SIZE_MIN - 1, SHARED_SIZE_MIN, 5 * PIECE_SIZE + 7, 16 * PIECE_SIZE]
 )
@@ -48,7 +54,7 @@ def test_many_threads_copy_at_once() -> None:
 
 def test_a_helper_that_gets_no_core_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     # All helpers are busy until the copy has returned, so it can only have been the caller's.
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(copies, "_num_idle_cores", lambda: copies.HELPERS_MAX)
     release = threading.Event()
     busy = [copies._helpers().submit(release.wait) for _ in range(copies.HELPERS_MAX)]
     source = np.full(4 * SHARED_SIZE_MIN, 7, dtype=np.uint8)

@@ -104,7 +104,7 @@ def test_scrape_is_the_store_in_numbers(store: ChunkStore, facts: Facts, layout:
         samples = scrape(server)
     size = layout.size(16)
     expected = {
-        "kvd_info{huge_pages=none,instance=abc,version=1.2.3}": 1,
+        "kvd_info{instance=abc,pages=small,version=1.2.3}": 1,
         "kvd_state_info{state=serving}": 1,
         "kvd_state_info{state=starting}": 0,
         "kvd_state_info{state=draining}": 0,

@@ -109,7 +109,7 @@ def status_rows(reply: pb.StatusReply) -> list[tuple[str, str]]:
     ]
     for tier in reply.tiers:
         used, free = format_share(tier.used, tier.size), format_size(tier.largest_free)
-        text = f"{used}, longest free {free}, huge pages: {tier.huge_pages}"
+        text = f"{used}, longest free {free}, {tier.pages} pages"
         rows.append((f"tier {tier.name}", text))
     asked, hits = counters["lookup_chunks"], counters["lookup_hits"]
     share = f" ({100 * hits / asked:.1f} %)" if asked else ""

@@ -20,6 +20,10 @@ from kvd.proto import kvd_pb2 as pb
 from kvd.proto.address import SOCKET_PATH_SIZE_MAX
 from kvd.proto.limits import MESSAGE_SIZE_MAX, PROTOCOL_VERSION
 
+# Plain integers: `|` of the socket module's flags is Python code, half a microsecond a time.
+_NO_SIGNAL = int(socket.MSG_NOSIGNAL)
+_NOT_NOW = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
 _TIMEVAL = struct.Struct("ll")
 
 
@@ -108,7 +112,7 @@ class LocalConnection:
         with self._lock:
             if self.is_open:
                 self._owed.append(lease)
-                self._pay(socket.MSG_DONTWAIT)
+                self._pay(_NOT_NOW)
 
     def hold_open(self) -> None:
         with self._lock:
@@ -163,9 +167,9 @@ class LocalConnection:
 
     def _exchange(self, request: pb.Request, give_up: float, timeout_s: float) -> pb.Response:
         if self._owed:
-            self._pay(0)
+            self._pay(_NO_SIGNAL)
         try:
-            self._socket.send(request.SerializeToString(), socket.MSG_NOSIGNAL)
+            self._socket.send(request.SerializeToString(), _NO_SIGNAL)
         except BlockingIOError:
             raise DeadlineExceeded(f"the daemon took no request for {timeout_s} s") from None
         except OSError as error:
@@ -193,7 +197,7 @@ class LocalConnection:
         lease = getattr(response, kind).lease if kind in ("pin", "reserve") else 0
         if lease:
             self._owed.append(lease)
-            self._pay(socket.MSG_DONTWAIT)
+            self._pay(_NOT_NOW)
 
     def _pay(self, flags: int) -> None:
         """Send the releases that are owed; what the socket does not take now goes before the next
@@ -202,7 +206,7 @@ class LocalConnection:
         try:
             while self._owed:
                 release = pb.Request(release=pb.ReleaseRequest(lease=self._owed[0]))
-                self._socket.send(release.SerializeToString(), flags | socket.MSG_NOSIGNAL)
+                self._socket.send(release.SerializeToString(), flags)
                 self._owed.pop(0)
         except BlockingIOError:
             pass

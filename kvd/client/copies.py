@@ -1,7 +1,7 @@
 """Copies between a client's memory and the arena. Large ones are shared among a few threads.
 
-One core does not fill a memory bus: two copy nearly twice as fast where both are free. The caller's
-thread takes pieces as the helpers do, so a helper that gets no core costs nothing but its pieces.
+One core does not fill a memory bus: two copy up to twice as fast, where cores are idle. The
+caller's thread takes pieces as the helpers do, so it waits for nobody who has not begun.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _pool: ThreadPoolExecutor | None = None
 def copy(target: NDArray[Any], source: NDArray[Any]) -> None:
     """Copy `source` over `target`, of the same shape and dtype. No GIL is held meanwhile."""
     is_plain = target.flags.c_contiguous and source.flags.c_contiguous
-    num_helpers = min(len(os.sched_getaffinity(0)) - 1, HELPERS_MAX)
-    if not is_plain or target.nbytes < SHARED_SIZE_MIN or not num_helpers:
+    is_large = target.nbytes >= SHARED_SIZE_MIN
+    num_helpers = _num_idle_cores() if is_plain and is_large else 0
+    if not num_helpers:
         np.copyto(target, source)
         return
     flat_target = target.reshape(-1).view(np.uint8)
@@ -52,6 +53,20 @@ def _copy_pieces(
 ) -> None:
     for start in starts:
         np.copyto(target[start : start + PIECE_SIZE], source[start : start + PIECE_SIZE])
+
+
+def _num_idle_cores() -> int:
+    """How many cores have nothing to do now and are ours to use, at most `HELPERS_MAX`.
+
+    A helper that shares its core keeps the caller waiting for its last piece: worse than none.
+    """
+    try:
+        with open("/proc/loadavg", "rb") as file:  # noqa: PTH123  A third of what a Path costs.
+            num_running = int(file.read().split()[3].split(b"/")[0])
+    except (OSError, ValueError, IndexError):
+        return 0
+    num_idle = (os.cpu_count() or 1) - num_running
+    return max(0, min(num_idle, len(os.sched_getaffinity(0)) - 1, HELPERS_MAX))
 
 
 def _helpers() -> ThreadPoolExecutor:

@@ -32,7 +32,7 @@ class Facts:
     started_ns: int = field(default_factory=time.monotonic_ns)
     state: str = "starting"
     num_sessions: int = 0
-    huge_pages: str = "none"
+    pages: str = "small"
 
     def check_serving(self) -> None:
         """Raise `Unavailable` unless new leases are given out."""
@@ -66,7 +66,7 @@ def status(store: ChunkStore, facts: Facts, message: pb.StatusRequest) -> pb.Sta
                 used=tier.used,
                 largest_free=tier.largest_free,
                 num_extents=tier.num_extents,
-                huge_pages=facts.huge_pages,
+                pages=facts.pages,
             )
         ],
         counters=dict(store.counters),

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvd.chunk import ChunkMeta, Placement
-from kvd.keys import ChunkKey
+from kvd.keys import ChunkKey, PackedKeys
 
 
 class Entry:
@@ -81,7 +81,7 @@ class Directory:
         """The entry of `key`, or None."""
         return self._entries.get(key)
 
-    def match(self, keys: Sequence[ChunkKey]) -> int:
+    def match(self, keys: Sequence[ChunkKey] | PackedKeys) -> int:
         """How many of the first `keys`, a chain in order, are here. O(log len(keys)).
 
         Keys that are no chain get a number that means nothing; `pin` looks at each key, so no wrong

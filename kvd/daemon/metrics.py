@@ -206,9 +206,9 @@ class _Request(BaseHTTPRequestHandler):
 
 def _facts_metrics(facts: Facts) -> Iterator[Metric]:
     info = GaugeMetricFamily(
-        "kvd_info", "What runs here; always 1.", labels=("version", "instance", "huge_pages")
+        "kvd_info", "What runs here; always 1.", labels=("version", "instance", "pages")
     )
-    info.add_metric((facts.version, facts.instance, facts.huge_pages), 1)
+    info.add_metric((facts.version, facts.instance, facts.pages), 1)
     yield info
     state = facts.state
     states = GaugeMetricFamily("kvd_state_info", "1 for the daemon's state.", labels=("state",))

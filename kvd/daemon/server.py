@@ -37,7 +37,7 @@ def run(config: Config) -> int:
     logs.configure(config.log_level, config.log_file)
     # A directory of a million chunks is a million live objects that no cycle collection can free:
     # the default thresholds would walk them again and again, a tenth of a second each time.
-    gc.set_threshold(50_000, 50, 1_000)
+    gc.set_threshold(2_000, 10, 1_000_000)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Daemon(config).serve())
 
@@ -87,15 +87,15 @@ class Daemon:
 
     async def _open_store(self) -> tuple[ChunkStore, Arena]:
         arena = Arena.create(self.config.cpu_size, huge_pages=self.config.huge_pages)
-        self.facts.huge_pages = "2MiB" if arena.huge_pages else "none"
         started = time.monotonic()
         await asyncio.to_thread(self._populate, arena)
+        self.facts.pages = arena.pages
         log.info("event=populated size=%d seconds=%.1f", arena.size, time.monotonic() - started)
         return ChunkStore(CpuTier(arena), make_policy(self.config.eviction)), arena
 
     def _populate(self, arena: Arena) -> None:
         if not sys.stderr.isatty():
-            arena.populate(self._populated)
+            arena.populate(self._populated, huge_pages=self.config.huge_pages)
             return
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
@@ -108,7 +108,7 @@ class Daemon:
                 self._populated(done)
                 progress.update(task, completed=done)
 
-            arena.populate(show)
+            arena.populate(show, huge_pages=self.config.huge_pages)
 
     def _populated(self, done: int) -> None:
         log.debug("event=populating done=%d size=%d", done, self.config.cpu_size)

@@ -20,7 +20,7 @@ from kvd.daemon import admin
 from kvd.daemon.leases import LEASE_NS_DEFAULT, ReadLease, WriteLease
 from kvd.daemon.store import ChunkStore
 from kvd.errors import InvalidRequest, KvdError, LeaseExpired, TooLarge, UnknownLease
-from kvd.keys import ChunkKey, check_key, split_keys
+from kvd.keys import ChunkKey, PackedKeys, check_key, split_keys
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.convert import layout_from_message
 from kvd.proto.limits import (
@@ -256,19 +256,24 @@ def _failure(request_id: int, code: str, message: str) -> pb.Response:
 
 def lookup(store: ChunkStore, message: pb.LookupRequest) -> pb.LookupReply:
     """Which of the keys are here; needs no session."""
-    keys = checked_keys(message.keys)
     if not message.standalone:
-        return pb.LookupReply(count=store.lookup(keys))
-    present = store.present(keys)
+        packed = PackedKeys(message.keys)
+        _check_count(len(packed))
+        return pb.LookupReply(count=store.lookup(packed))
+    present = store.present(checked_keys(message.keys))
     return pb.LookupReply(count=sum(present), present=bytes(present))
 
 
 def checked_keys(packed: bytes) -> list[ChunkKey]:
     """The keys of a message. Raises `TooLarge` for too many, `InvalidRequest` for broken ones."""
     keys = split_keys(packed)
-    if len(keys) > KEYS_MAX:
-        raise TooLarge(f"at most {KEYS_MAX} keys in one message, found {len(keys)}")
+    _check_count(len(keys))
     return keys
+
+
+def _check_count(num_keys: int) -> None:
+    if num_keys > KEYS_MAX:
+        raise TooLarge(f"at most {KEYS_MAX} keys in one message, found {num_keys}")
 
 
 def _metas_of(message: pb.ReserveRequest) -> list[ChunkMeta]:

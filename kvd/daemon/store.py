@@ -24,7 +24,7 @@ from kvd.daemon.eviction.base import EvictionPolicy
 from kvd.daemon.eviction.window import Run, cheapest_window
 from kvd.daemon.leases import GRACE_NS, ReadLease, WriteLease, check_lease_ns
 from kvd.errors import InvalidRequest, LayoutMismatch, LeaseExpired, TooLarge, UnknownLease
-from kvd.keys import ChunkKey, short
+from kvd.keys import ChunkKey, PackedKeys, short
 from kvd.layout import KVLayout
 from kvd.tiers.cpu import CpuTier
 
@@ -66,7 +66,7 @@ class ChunkStore:
         self.layouts.setdefault(fingerprint, layout)
         return fingerprint
 
-    def lookup(self, keys: Sequence[ChunkKey]) -> int:
+    def lookup(self, keys: Sequence[ChunkKey] | PackedKeys) -> int:
         """How many of the first `keys`, a chain in order, are here. Says nothing of a moment later:
         `pin` does.
         """

@@ -327,20 +327,20 @@ class StatusRequest(_message.Message):
     def __init__(self, audit: bool = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("name", "size", "used", "largest_free", "num_extents", "huge_pages")
+    __slots__ = ("name", "size", "used", "largest_free", "num_extents", "pages")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     USED_FIELD_NUMBER: _ClassVar[int]
     LARGEST_FREE_FIELD_NUMBER: _ClassVar[int]
     NUM_EXTENTS_FIELD_NUMBER: _ClassVar[int]
-    HUGE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
     name: str
     size: int
     used: int
     largest_free: int
     num_extents: int
-    huge_pages: str
-    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., used: _Optional[int] = ..., largest_free: _Optional[int] = ..., num_extents: _Optional[int] = ..., huge_pages: _Optional[str] = ...) -> None: ...
+    pages: str
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., used: _Optional[int] = ..., largest_free: _Optional[int] = ..., num_extents: _Optional[int] = ..., pages: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("version", "pid", "instance", "state", "uptime_ns", "num_chunks", "num_layouts", "num_sessions", "num_pinned", "num_reserved", "tiers", "counters")
