@@ -104,26 +104,54 @@ def run(options: argparse.Namespace, console: Console, folder: Path) -> dict[str
         console=console,
     )
     with bar, started_daemon(folder) as socket:
-        step = bar.add_task("load SmolLM2-135M-Instruct", total=1)
-        model = Model(options.dtype)
-        bar.advance(step)
-
-        step = bar.add_task("without kvd", total=len(asked))
-        plain = list(model.answers(asked, bar, step))
-
-        with kvd.connect(socket) as client:
-            connector = model.attach(client)
-            step = bar.add_task("with kvd, which knows nothing yet", total=1)
-            cold = next(model.answers(asked[:1], bar, step))
-            if not connector.flush():
-                raise SystemExit("the manual was not stored in time")
-            bytes_stored = connector.stats.stored_size
-            step = bar.add_task("with kvd, which knows the manual", total=len(asked))
-            warm = list(model.answers(asked, bar, step))
-            connector.detach()
-
+        first = ask_in_this_process(options.dtype, socket, asked, bar)
         step = bar.add_task("a new process with kvd", total=len(asked) + 1)
         new = list(answers_of_new_process(options, socket, bar, step))
+    return make_report(options.dtype, asked, first, new)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstProcess:
+    """What the first process found out: answers without kvd, with a kvd that knew nothing (to the
+    first question only), and with one that knew the manual.
+    """
+
+    plain: list[Answer]
+    cold: Answer
+    warm: list[Answer]
+    bytes_stored: int
+    document_tokens: int
+    host: dict[str, Any]
+
+
+def ask_in_this_process(dtype: str, socket: Path, asked: list[str], bar: Progress) -> FirstProcess:
+    step = bar.add_task("load SmolLM2-135M-Instruct", total=1)
+    model = Model(dtype)
+    bar.advance(step)
+    step = bar.add_task("without kvd", total=len(asked))
+    plain = list(model.answers(asked, bar, step))
+    with kvd.connect(socket) as client, model.attach(client) as connector:
+        step = bar.add_task("with kvd, which knows nothing yet", total=1)
+        cold = next(model.answers(asked[:1], bar, step))
+        if not connector.flush():
+            raise SystemExit("the manual was not stored in time")
+        bytes_stored = connector.stats.stored_size
+        step = bar.add_task("with kvd, which knows the manual", total=len(asked))
+        warm = list(model.answers(asked, bar, step))
+    return FirstProcess(
+        plain=plain,
+        cold=cold,
+        warm=warm,
+        bytes_stored=bytes_stored,
+        document_tokens=model.count_tokens(read_manual()),
+        host=model.host(),
+    )
+
+
+def make_report(
+    dtype: str, asked: list[str], first: FirstProcess, new: list[Answer]
+) -> dict[str, Any]:
+    """The object of `--json`. Speed-ups compare the new process with `generate` without kvd."""
     questions: list[dict[str, Any]] = [
         {
             "question": question,
@@ -133,25 +161,25 @@ def run(options: argparse.Namespace, console: Console, folder: Path) -> dict[str
             "speedup": one.ttft_s / three.ttft_s,
             "identical": one.tokens == two.tokens == three.tokens,
         }
-        for question, one, two, three in zip(asked, plain, warm, new, strict=True)
+        for question, one, two, three in zip(asked, first.plain, first.warm, new, strict=True)
     ]
+    is_same_cold = first.cold.tokens == first.plain[0].tokens
     return {
         "ttft_speedup": median(found["speedup"] for found in questions),
-        "tokens_identical": all(found["identical"] for found in questions)
-        and cold.tokens == plain[0].tokens,
+        "tokens_identical": all(found["identical"] for found in questions) and is_same_cold,
         # Beside each other, whether the manual's KV was computed or loaded, here or there.
-        "tokens_identical_with_kvd": cold.tokens == warm[0].tokens
-        and all(two.tokens == three.tokens for two, three in zip(warm, new, strict=True)),
+        "tokens_identical_with_kvd": first.cold.tokens == first.warm[0].tokens
+        and all(two.tokens == three.tokens for two, three in zip(first.warm, new, strict=True)),
         "tokens_reused": min(answer.reused for answer in new),
-        "ttft_cold_s": median(answer.ttft_s for answer in plain),
+        "ttft_cold_s": median(answer.ttft_s for answer in first.plain),
         "ttft_kvd_s": median(answer.ttft_s for answer in new),
-        "ttft_kvd_same_process_s": median(answer.ttft_s for answer in warm),
-        "ttft_kvd_nothing_known_s": cold.ttft_s,
-        "document_tokens": model.count_tokens(read_manual()),
-        "bytes_stored": bytes_stored,
-        "dtype": options.dtype,
+        "ttft_kvd_same_process_s": median(answer.ttft_s for answer in first.warm),
+        "ttft_kvd_nothing_known_s": first.cold.ttft_s,
+        "document_tokens": first.document_tokens,
+        "bytes_stored": first.bytes_stored,
+        "dtype": dtype,
         "questions": questions,
-        "host": model.host(),
+        "host": first.host,
     }
 
 
@@ -176,7 +204,7 @@ class Model:
         self._connector: Any = None
 
     def attach(self, client: kvd.Client) -> Any:
-        """Let kvd serve the model, until the connector is detached."""
+        """Let kvd serve the model, until the connector's block ends."""
         from kvd.client.connectors.transformers import attach
 
         self._connector = attach(self._model, client, category="manual")
@@ -301,11 +329,9 @@ def answer_in_new_process(options: argparse.Namespace) -> int:
     """What the second process does: a line when the model is there, then one for each answer."""
     model = Model(options.dtype)
     print("loaded", flush=True)
-    with kvd.connect(options.attach_to) as client:
-        connector = model.attach(client)
+    with kvd.connect(options.attach_to) as client, model.attach(client):
         for answer in model.answers(read_questions(options), None, None):
             print(json.dumps(asdict(answer)), flush=True)
-        connector.detach()
     return 0
 
 
@@ -328,7 +354,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
         new = found["new_process"]
         table.add_row(
             str(number),
-            f"{new['reused']:,}/{new['prompt_tokens']:,}",
+            f"{new['reused']:,}",
             f"{found['without_kvd']['ttft_s']:.2f} s",
             f"{found['same_process']['ttft_s']:.2f} s",
             f"{new['ttft_s']:.2f} s",
@@ -342,7 +368,9 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
         console.print(f"     [bold]{found['new_process']['text']}[/bold]")
     host = report["host"]
     summary = Table.grid(padding=(0, 2))
-    summary.add_row("manual", f"{report['document_tokens']:,} tokens")
+    prompt_tokens = report["questions"][0]["new_process"]["prompt_tokens"]
+    manual = f"{report['document_tokens']:,} tokens, with the first question {prompt_tokens:,}"
+    summary.add_row("manual", manual)
     summary.add_row("stored", f"{report['bytes_stored'] / 2**20:,.0f} MiB of {report['dtype']} KV")
     summary.add_row("kvd knew nothing", f"{report['ttft_kvd_nothing_known_s']:.2f} s, stored after")
     summary.add_row(

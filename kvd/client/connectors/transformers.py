@@ -33,6 +33,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from kvd.client.client import Client, split_parts
 from kvd.client.connectors.stats import Recorder, Stats
+from kvd.client.connectors.transformers_cache import Planes, make_room
 from kvd.client.connectors.transformers_call import bypass_reason, prompt_of
 from kvd.client.connectors.transformers_model import (
     Model,
@@ -59,9 +60,6 @@ STORES_MAX = 4
 RESERVE_SIZE_MAX = 64 << 20
 
 log = logging.getLogger("kvd.transformers")
-
-# K and V of one layer, each `dtype [1, kv_heads, tokens, head_dim]`.
-Planes = tuple[torch.Tensor, torch.Tensor]
 
 
 def attach(
@@ -199,7 +197,7 @@ class Connector:
         num_prefilled = (num_tokens - 1) // chunk_tokens
         cache = empty_cache(self._model)
         started_s = time.perf_counter()
-        num_loaded = self._load(cache, keys[:num_prefilled])
+        num_loaded = self._load(cache, keys[:num_prefilled], num_tokens)
         computed_s = time.perf_counter()
         input_ids = prompt.to(self._device)
         for start in range(num_loaded * chunk_tokens, num_prefilled * chunk_tokens, chunk_tokens):
@@ -232,13 +230,16 @@ class Connector:
             self._submit(rest, cache, all_keys)
         return result
 
-    def _load(self, cache: Any, keys: Sequence[ChunkKey]) -> int:
-        """Fill `cache`, which is empty, with the leading `keys` that are in kvd; how many.
+    def _load(self, cache: Any, keys: Sequence[ChunkKey], num_tokens: int) -> int:
+        """Fill `cache`, which is empty, with the leading `keys` that are in kvd; how many. It has
+        room for the `num_tokens` tokens of the prompt then.
 
         After a failure the cache is empty and the answer 0.
         """
         if not keys:
             return 0
+        # What this very process is storing comes sooner than it can be computed again.
+        self._stores.wait_for(keys, self._timeout_s)
         try:
             with ExitStack() as stack:
                 leases: list[Lease] = []
@@ -250,29 +251,35 @@ class Connector:
                 num_loaded = sum(map(len, leases))
                 if not num_loaded:
                     return 0
-                planes = self._read(leases)
+                planes = self._read(leases, num_tokens)
             # Leaving the block has checked the leases: what was read are the chunks' bytes.
         except KvdError as error:
             self._recorder.fail("load", error)
             return 0
-        for layer, (k, v) in zip(cache.layers, planes, strict=True):
-            layer.lazy_initialization(k, v)
-            layer.keys, layer.values = k, v
+        for layer, room in zip(cache.layers, planes, strict=True):
+            layer.load(room, num_loaded * self.layout.chunk_tokens)
         self._recorder.add(loaded_size=self.layout.size(num_loaded * self.layout.chunk_tokens))
         return num_loaded
 
-    def _read(self, leases: Sequence[Lease]) -> list[Planes]:
-        """K and V of each layer, copied out of the pinned chunks: one copy, and the same strides
-        as KV that was computed.
+    def _read(self, leases: Sequence[Lease], num_tokens: int) -> list[Planes]:
+        """K and V of each layer with room for `num_tokens` tokens and more, the pinned chunks
+        copied to their beginning: one copy.
         """
         chunks = [lease.tensor(index) for lease in leases for index in range(len(lease))]
-        planes: list[Planes] = []
+        chunk_tokens = self.layout.chunk_tokens
+        like = torch.empty(
+            (1, self.layout.num_kv_heads, 0, self.layout.head_dim),
+            dtype=chunks[0].dtype,
+            device=self._device,
+        )
+        planes = []
         for layer in range(self.layout.num_layers):
-            k, v = (
-                torch.cat([chunk[layer, plane].transpose(0, 1) for chunk in chunks], dim=1)
-                for plane in range(self.layout.num_planes)
-            )
-            planes.append((k.unsqueeze(0).to(self._device), v.unsqueeze(0).to(self._device)))
+            room = make_room(like, num_tokens), make_room(like, num_tokens)
+            for plane, target in enumerate(room):
+                for index, chunk in enumerate(chunks):
+                    span = slice(index * chunk_tokens, (index + 1) * chunk_tokens)
+                    target[0, :, span] = chunk[layer, plane].transpose(0, 1)
+            planes.append(room)
         if self._client.verify:
             for lease in leases:
                 for index in range(len(lease)):
@@ -282,14 +289,14 @@ class Connector:
     def _submit(self, job: _Store, cache: Any, keys: Sequence[ChunkKey]) -> None:
         """Have the chunks from `job.first` on stored from the cache as it is now.
 
-        Its tensors are final: a `DynamicCache` grows by putting new ones in their place.
+        Its tensors are final: a `RoomyLayer` writes no token twice.
         """
         if job.first >= len(keys):
             return
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         job.planes = [(layer.keys, layer.values) for layer in cache.layers]
-        if not self._stores.submit(functools.partial(self._store, job)):
+        if not self._stores.submit(functools.partial(self._store, job), job.keys[job.first]):
             self._recorder.add(stores_dropped=1)
 
     def _store(self, job: _Store) -> None:
@@ -360,20 +367,30 @@ class _StoreQueue:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvd-store")
         self._lock = threading.Lock()
-        self._pending: set[Future[None]] = set()
+        # With the first key that each of them stores.
+        self._pending: dict[Future[None], ChunkKey] = {}
 
-    def submit(self, job: Callable[[], None]) -> bool:
+    def submit(self, job: Callable[[], None], key: ChunkKey) -> bool:
         """Whether there was room for the job."""
         with self._lock:
-            self._pending = {future for future in self._pending if not future.done()}
+            pending = self._pending.items()
+            self._pending = {future: first for future, first in pending if not future.done()}
             if len(self._pending) >= STORES_MAX:
                 return False
-            self._pending.add(self._thread.submit(job))
+            self._pending[self._thread.submit(job)] = key
             return True
 
-    def flush(self, timeout_s: float) -> bool:
+    def wait_for(self, keys: Sequence[ChunkKey], timeout_s: float) -> None:
+        """Wait until no job stores any of `keys`, a chain in order, any more, or give up."""
         with self._lock:
-            pending = set(self._pending)
+            pending = dict(self._pending)
+        wanted = set(keys) if pending else set()
+        wait([future for future, first in pending.items() if first in wanted], timeout_s)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all jobs have ended; whether they have."""
+        with self._lock:
+            pending = list(self._pending)
         return not wait(pending, timeout_s).not_done
 
     def close(self) -> None:

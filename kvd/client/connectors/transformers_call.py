@@ -39,6 +39,7 @@ _HARMLESS = frozenset(
         "trust_remote_code",
     }
 )
+_INTEGERS = frozenset({torch.int32, torch.int64})
 _PROMPT = frozenset({"attention_mask", "input_ids", "inputs"})
 
 
@@ -98,10 +99,12 @@ def _prompt_reason(config: Any, given: Mapping[str, Any], chunk_tokens: int) -> 
     prompt = prompt_of(given)
     if "inputs" in given and "input_ids" in given:
         return "invalid_arguments"
-    if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2 or prompt.is_floating_point():
+    if not isinstance(prompt, torch.Tensor) or prompt.ndim != 2 or prompt.dtype not in _INTEGERS:
         return "no_tokens"
     if prompt.shape[0] != 1:
         return "batch"
+    if bool((prompt < 0).any()):
+        return "no_tokens"
     if prompt.shape[1] < chunk_tokens:
         return "short_prompt"
     if _is_padded(config, prompt, given.get("attention_mask")):

@@ -21,6 +21,7 @@ import xxhash
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from kvd.client.connectors.transformers_cache import RoomyLayer
 from kvd.errors import Unsupported
 from kvd.layout import DTYPE_SIZES, KVLayout
 
@@ -104,8 +105,12 @@ def extend(model: Model, cache: Any, input_ids: torch.Tensor) -> None:
 
 
 def empty_cache(model: Model) -> Any:
-    """The cache that `generate` would make: a `DynamicCache`, one layer for each of the model."""
-    return DynamicCache(config=model.config)
+    """A `DynamicCache` for a model with a layout, as `generate` would make it but for its layers,
+    which are `RoomyLayer`.
+    """
+    cache = _plain_cache(model)
+    cache.layers = [RoomyLayer() for _ in cache.layers]
+    return cache
 
 
 def state_of(model: Model) -> tuple[object, ...]:
@@ -175,7 +180,7 @@ def _check_layers(model: Model) -> None:
     for index, kind in enumerate(getattr(model.config, "layer_types", None) or []):
         if kind != "full_attention":
             raise Unsupported(f"layer {index} is {kind}: its cache does not keep every token's KV")
-    for index, layer in enumerate(empty_cache(model).layers):
+    for index, layer in enumerate(_plain_cache(model).layers):
         if type(layer) is not DynamicLayer:
             raise Unsupported(
                 f"layer {index} is cached in a {type(layer).__name__} "
@@ -226,12 +231,15 @@ def _probe(model: Model) -> Any:
     K and V of one shape, or if a prefix's KV is not the same whatever follows it.
     """
     ids = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0) % model.config.vocab_size
-    whole, parts = empty_cache(model), empty_cache(model)
-    extend(model, whole, ids)
-    _check_length(whole, PROBE_TOKENS)
-    extend(model, parts, ids[:, : PROBE_TOKENS // 2])
-    _generate_one(model, ids, parts)
-    _check_length(parts, PROBE_TOKENS)
+    whole, parts = _plain_cache(model), _plain_cache(model)
+    try:
+        extend(model, whole, ids)
+        _check_length(whole, PROBE_TOKENS)
+        extend(model, parts, ids[:, : PROBE_TOKENS // 2])
+        _generate_one(model, ids, parts)
+        _check_length(parts, PROBE_TOKENS)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise Unsupported(f"the model does not compute with a DynamicCache: {error}") from error
     num_layers = int(model.config.num_hidden_layers)
     found = [type(layer) for layer in (*whole.layers, *parts.layers)]
     if found != [DynamicLayer] * num_layers * 2:
@@ -265,6 +273,10 @@ def _check_planes(index: int, layer: Any, first: Any) -> None:
         raise Unsupported(f"a cache [1, heads, {PROBE_TOKENS}, dim] expected, found {list(shape)}")
     if str(first.keys.dtype).removeprefix("torch.") not in DTYPE_SIZES:
         raise Unsupported(f"KV of dtype {first.keys.dtype}")
+
+
+def _plain_cache(model: Model) -> Any:
+    return DynamicCache(config=model.config)
 
 
 def _check_length(cache: Any, num_tokens: int) -> None:
