@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
+# Idle OpenMP threads that spin take the cores from the daemon and from each other.
+export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: help demo test check bench proto clean
 
 help:

@@ -125,6 +125,16 @@ class TestHugePages:
         _, found = doctor.examine_huge_pages(root)
         assert (found.value, found.verdict) == (f"shared memory: {chosen}", verdict)
 
+    def test_kernel_that_collapses_pages_needs_no_setting(self, tmp_path: Path) -> None:
+        mode = "always within_size advise [never] deny force"
+        files = {
+            "sys/kernel/mm/transparent_hugepage/shmem_enabled": mode,
+            "proc/sys/kernel/osrelease": "6.1.0-generic",
+        }
+        root = write(tmp_path, meminfo(64 * GIB, 32 * GIB) | files)
+        _, found = doctor.examine_huge_pages(root)
+        assert (found.value, found.verdict) == ("shared memory: never", "ok")
+
     def test_advice_reserves_what_is_missing_beside_what_is_in_use(self, tmp_path: Path) -> None:
         pages = {
             "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages": "100",

@@ -103,7 +103,9 @@ def examine_huge_pages(root: Path = ROOT) -> Iterator[Finding]:
     )
     mode = read_text(root / "sys/kernel/mm/transparent_hugepage/shmem_enabled") or ""
     chosen = mode.partition("[")[2].partition("]")[0] or "not there"
-    is_huge = chosen in ("always", "within_size", "force")
+    # MADV_COLLAPSE makes huge pages whatever the setting, "deny" excepted.
+    can_collapse = machine.read_release(root)[1] >= (6, 1) and chosen not in ("deny", "not there")
+    is_huge = can_collapse or chosen in ("always", "within_size", "force")
     yield Finding(
         name="transparent huge pages",
         value=f"shared memory: {chosen}",
