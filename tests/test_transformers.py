@@ -790,6 +790,18 @@ def test_detach_gives_the_model_its_own_generate_back(llama: Any, client: kvd.Cl
     assert "generate" not in vars(llama)
 
 
+def test_detach_under_a_running_generate_does_it_no_harm(llama: Any, client: kvd.Client) -> None:
+    class Detach(transformers.StoppingCriteria):  # type: ignore[misc]
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            connector.detach()
+            return torch.tensor([False])
+
+    plain = greedy(llama, prompt())
+    connector = attach(llama, client)
+    assert torch.equal(greedy(llama, prompt(), stopping_criteria=[Detach()]), plain)
+    assert connector.stats.stores_dropped == 2
+
+
 def test_detach_leaves_the_wrappers_of_others_alone(llama: Any, client: kvd.Client) -> None:
     inner = llama.generate
     llama.generate = lambda *args, **kwargs: inner(*args, **kwargs)

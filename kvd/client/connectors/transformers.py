@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -190,76 +190,85 @@ class Connector:
     def _generate(self, arguments: dict[str, Any]) -> Any:
         """The model's own generate over a cache that holds the prompt's chunks already."""
         prompt: torch.Tensor = prompt_of(arguments)
-        num_tokens, chunk_tokens = prompt.shape[1], self.layout.chunk_tokens
-        tokens = prompt[0].cpu().numpy()
-        keys = chain_keys(self.layout.fingerprint, tokens, chunk_tokens=chunk_tokens)
-        # Generate needs a token to compute, so the last one of the prompt is left to it.
-        num_prefilled = (num_tokens - 1) // chunk_tokens
+        keys = self._keys(prompt[0])
         cache = empty_cache(self._model)
+        num_loaded = self._load(cache, keys, prompt.shape[1])
         started_s = time.perf_counter()
-        num_loaded = self._load(cache, keys[:num_prefilled], num_tokens)
-        computed_s = time.perf_counter()
-        input_ids = prompt.to(self._device)
-        for start in range(num_loaded * chunk_tokens, num_prefilled * chunk_tokens, chunk_tokens):
-            extend(self._model, cache, input_ids[:, start : start + chunk_tokens])
-        self._recorder.add(
-            requests=1,
-            prompt_tokens=num_tokens,
-            reused_tokens=num_loaded * chunk_tokens,
-            load_s=computed_s - started_s,
-        )
-        job = _Store(keys=keys, first=num_loaded, planes=[], prefill_us=0)
+        self._prefill(cache, prompt)
+        job = _Store(keys=keys, first=num_loaded, prefill_us=0)
 
         def at_first_token() -> None:
             # The prompt is computed, its first token chosen: from here on nobody waits for it.
-            elapsed_us = (time.perf_counter() - computed_s) * 1e6
-            num_computed = num_tokens - num_loaded * chunk_tokens
-            job.prefill_us = int(elapsed_us * chunk_tokens / num_computed)
-            self._submit(job, cache, keys)
+            elapsed_us = (time.perf_counter() - started_s) * 1e6
+            num_computed = prompt.shape[1] / self.layout.chunk_tokens - num_loaded
+            job.prefill_us = int(elapsed_us / max(num_computed, 1))
+            self._submit(job, cache)
 
         criteria = [*(arguments.get("stopping_criteria") or []), _FirstToken(at_first_token)]
-        result = self._original(
-            **arguments
-            | {"past_key_values": cache, "stopping_criteria": StoppingCriteriaList(criteria)}
-        )
+        own = {"past_key_values": cache, "stopping_criteria": StoppingCriteriaList(criteria)}
+        result = self._original(**arguments | own)
         if self._store_generated:
             sequence = result if isinstance(result, torch.Tensor) else result.sequences
-            tokens = sequence[0, : cache.get_seq_length()].cpu().numpy()
-            all_keys = chain_keys(self.layout.fingerprint, tokens, chunk_tokens=chunk_tokens)
-            rest = _Store(keys=all_keys, first=len(keys), planes=[], prefill_us=job.prefill_us)
-            self._submit(rest, cache, all_keys)
+            keys_now = self._keys(sequence[0, : cache.get_seq_length()])
+            rest = _Store(keys=keys_now, first=len(keys), prefill_us=job.prefill_us)
+            self._submit(rest, cache)
         return result
 
+    def _keys(self, tokens: torch.Tensor) -> list[ChunkKey]:
+        """The keys of the whole chunks of `tokens`, integers [tokens]."""
+        chunk_tokens = self.layout.chunk_tokens
+        return chain_keys(self.layout.fingerprint, tokens.cpu().numpy(), chunk_tokens=chunk_tokens)
+
+    def _prefill(self, cache: Any, prompt: torch.Tensor) -> None:
+        """Compute the prompt's chunks that `cache` lacks, all but the last: generate does that."""
+        input_ids, step = prompt.to(self._device), self.layout.chunk_tokens
+        end = _num_prefilled(prompt.shape[1], step) * step
+        for start in range(cache.get_seq_length(), end, step):
+            extend(self._model, cache, input_ids[:, start : start + step])
+
     def _load(self, cache: Any, keys: Sequence[ChunkKey], num_tokens: int) -> int:
-        """Fill `cache`, which is empty, with the leading `keys` that are in kvd; how many. It has
-        room for the `num_tokens` tokens of the prompt then.
+        """Fill `cache`, which is empty, with the leading chunks of a prompt of `num_tokens` tokens
+        that are in kvd; how many.
 
         After a failure the cache is empty and the answer 0.
         """
-        if not keys:
-            return 0
+        started_s = time.perf_counter()
+        wanted = keys[: _num_prefilled(num_tokens, self.layout.chunk_tokens)]
+        planes: list[Planes] = []
+        num_loaded = 0
+        try:
+            if wanted:
+                num_loaded, planes = self._read_prefix(wanted, num_tokens)
+        except KvdError as error:
+            # Nothing was put into the cache.
+            self._recorder.fail("load", error)
+        num_reused = num_loaded * self.layout.chunk_tokens
+        for layer, room in zip(cache.layers, planes, strict=False):
+            layer.load(room, num_reused)
+        self._recorder.add(
+            requests=1,
+            prompt_tokens=num_tokens,
+            reused_tokens=num_reused,
+            loaded_size=self.layout.size(num_reused),
+            load_s=time.perf_counter() - started_s,
+        )
+        return num_loaded
+
+    def _read_prefix(self, keys: Sequence[ChunkKey], num_tokens: int) -> tuple[int, list[Planes]]:
+        """How many leading `keys` are in kvd, and their K and V of each layer."""
         # What this very process is storing comes sooner than it can be computed again.
         self._stores.wait_for(keys, self._timeout_s)
-        try:
-            with ExitStack() as stack:
-                leases: list[Lease] = []
-                for part in split_parts(keys):
-                    lease = self._client.pin(self.layout, part, timeout_s=self._timeout_s)
-                    leases.append(stack.enter_context(lease))
-                    if len(lease) < len(part):
-                        break
-                num_loaded = sum(map(len, leases))
-                if not num_loaded:
-                    return 0
-                planes = self._read(leases, num_tokens)
-            # Leaving the block has checked the leases: what was read are the chunks' bytes.
-        except KvdError as error:
-            self._recorder.fail("load", error)
-            return 0
-        for layer, room in zip(cache.layers, planes, strict=True):
-            layer.load(room, num_loaded * self.layout.chunk_tokens)
-        self._recorder.add(loaded_size=self.layout.size(num_loaded * self.layout.chunk_tokens))
-        return num_loaded
+        with ExitStack() as stack:
+            leases: list[Lease] = []
+            for part in split_parts(keys):
+                lease = self._client.pin(self.layout, part, timeout_s=self._timeout_s)
+                leases.append(stack.enter_context(lease))
+                if len(lease) < len(part):
+                    break
+            num_loaded = sum(map(len, leases))
+            planes = self._read(leases, num_tokens) if num_loaded else []
+        # Leaving the block has checked the leases: what was read are the chunks' bytes.
+        return num_loaded, planes
 
     def _read(self, leases: Sequence[Lease], num_tokens: int) -> list[Planes]:
         """K and V of each layer with room for `num_tokens` tokens and more, the pinned chunks
@@ -286,12 +295,12 @@ class Connector:
                     lease.verify(index)
         return planes
 
-    def _submit(self, job: _Store, cache: Any, keys: Sequence[ChunkKey]) -> None:
+    def _submit(self, job: _Store, cache: Any) -> None:
         """Have the chunks from `job.first` on stored from the cache as it is now.
 
         Its tensors are final: a `RoomyLayer` writes no token twice.
         """
-        if job.first >= len(keys):
+        if job.first >= len(job.keys):
             return
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
@@ -337,14 +346,19 @@ class Connector:
         return torch.stack(parts).view(self.layout.shape(chunk_tokens))
 
 
+def _num_prefilled(num_tokens: int, chunk_tokens: int) -> int:
+    """How many of a prompt's chunks come before generate: it needs a token to compute."""
+    return (num_tokens - 1) // chunk_tokens
+
+
 @dataclass(slots=True)
 class _Store:
     """Chunks `first` to the last of `keys`, to be cut out of `planes`."""
 
     keys: Sequence[ChunkKey]
     first: int
-    planes: list[Planes]
     prefill_us: int
+    planes: list[Planes] = field(default_factory=list)
 
 
 class _FirstToken(StoppingCriteria):  # type: ignore[misc]  # the base class carries no types
@@ -369,13 +383,14 @@ class _StoreQueue:
         self._lock = threading.Lock()
         # With the first key that each of them stores.
         self._pending: dict[Future[None], ChunkKey] = {}
+        self._is_closed = False
 
     def submit(self, job: Callable[[], None], key: ChunkKey) -> bool:
-        """Whether there was room for the job."""
+        """Whether there was room for the job, in a queue that is not closed."""
         with self._lock:
             pending = self._pending.items()
             self._pending = {future: first for future, first in pending if not future.done()}
-            if len(self._pending) >= STORES_MAX:
+            if self._is_closed or len(self._pending) >= STORES_MAX:
                 return False
             self._pending[self._thread.submit(job)] = key
             return True
@@ -394,4 +409,7 @@ class _StoreQueue:
         return not wait(pending, timeout_s).not_done
 
     def close(self) -> None:
+        """Take no more jobs, and wait for those that it has."""
+        with self._lock:
+            self._is_closed = True
         self._thread.shutdown(wait=True)
