@@ -62,7 +62,9 @@ class ChunkStore:
         """Make a layout known; its fingerprint names it from now on. Twice is once."""
         fingerprint = Fingerprint(layout.fingerprint)
         if fingerprint not in self.layouts and len(self.layouts) >= LAYOUTS_MAX:
-            raise InvalidRequest(f"{LAYOUTS_MAX} layouts are known already; clear some first")
+            raise InvalidRequest(
+                f"{LAYOUTS_MAX} layouts are known already, and are kept until the daemon restarts"
+            )
         self.layouts.setdefault(fingerprint, layout)
         return fingerprint
 
