@@ -11,6 +11,7 @@ these.
     ├── Corrupt               bytes do not match their checksum or format
     ├── DeadlineExceeded      no answer in time; the daemon undoes what it had begun
     ├── Unavailable           no daemon, or it went away; nothing half-done stays behind
+    ├── TierFailed            a device or file system refused; what it held before is as it was
     ├── Unsupported           a model, option or machine that kvd cannot serve exactly
     └── ConfigError           the daemon cannot start like this
 
@@ -79,6 +80,12 @@ class Unavailable(KvdError):
     """The daemon cannot be reached, or went away during the call."""
 
     code = "unavailable"
+
+
+class TierFailed(KvdError):
+    """The device or the file system refused; what was stored before is as it was."""
+
+    code = "tier_failed"
 
 
 class Unsupported(KvdError):

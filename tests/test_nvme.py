@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvd.chunk import Extent
-from kvd.errors import ConfigError, Corrupt, InvalidRequest
+from kvd.errors import ConfigError, Corrupt, InvalidRequest, TierFailed
 from kvd.tiers.aligned import aligned_bytes
 from kvd.tiers.file_ops import FILE_OPS, FileOps, Vectors
 from kvd.tiers.nvme import NvmeTier
 from kvd.tiers.segment import BLOCK_SIZE, PIECE_SIZE_MIN, checksum, record_size
-from kvd.tiers.segment_log import SegmentLog, TierFailed
+from kvd.tiers.segment_log import SegmentLog
 from tests.file_faults import FaultyOps, flip, pattern
 
 SEGMENT_SIZE = 1 << 20
@@ -108,14 +108,16 @@ def test_bytes_come_back_as_they_went_in(
     log = open_log(is_direct=is_direct)
     memory = aligned_bytes(size + shift)[shift:]
     memory[:] = pattern(1, size)
-    extent = log.append(b"\0label\xff", memory, codec="kvq/1")
+    given = checksum(memory) if shift else None
+    extent = log.append(b"\0label\xff", memory, codec="kvq/1", payload_checksum=given)
     assert extent is not None
     assert log.allocated_size(extent) == record_size(size)
     out = aligned_bytes(size + shift)[shift:]
     header = log.read(extent, out)
     assert out.tobytes() == pattern(1, size).tobytes()
     assert (header.label, header.codec) == (b"\0label\xff", "kvq/1")
-    assert header.payload_checksum == checksum(pattern(1, size))
+    # The storer's own; who gives none finds none.
+    assert header.payload_checksum == (given or 0)
     assert log.read_header(extent) == header
 
 
@@ -331,7 +333,7 @@ def test_a_bit_flipped_in_a_payload_is_corrupt_where_it_is(
     log = open_log()
     extent = put(log, 1, 600_000)
     flip(tmp_path / "kv" / "segment-00000000", extent.offset + BLOCK_SIZE + at)
-    with pytest.raises(Corrupt, match="payload"):
+    with pytest.raises(Corrupt, match=f"piece {at // PIECE_SIZE_MIN}"):
         log.read(extent, aligned_bytes(600_000))
     for start in range(0, 600_000, PIECE_SIZE_MIN):
         out = aligned_bytes(min(PIECE_SIZE_MIN, 600_000 - start))
@@ -541,7 +543,7 @@ def test_a_write_that_failed_after_it_was_done_is_not_found(
 
     log = open_log()
     first = put(log, 1)
-    log._ops = Late()
+    log._writer._ops = Late()
     with pytest.raises(TierFailed):
         log.append(b"told to have failed", pattern(2, 10_000))
     log = open_log()
@@ -588,7 +590,7 @@ def test_a_failed_write_in_the_middle_hides_nothing_behind_it(
                 raise OSError(errno.EIO, "injected")
             return FILE_OPS.pwritev(fd, vectors, offset)
 
-    log._ops = Waits()
+    log._writer._ops = Waits()
     with ThreadPoolExecutor(1) as pool:
         failing = pool.submit(log.append, b"lost", pattern(2, 10_000))
         barrier.wait()
@@ -723,11 +725,11 @@ def test_a_write_that_ends_after_its_segment_was_poisoned_fails(
             barrier.wait()
             return super().pwritev(fd, vectors, offset)
 
-    log._ops = Waits()
+    log._writer._ops = Waits()
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(log.append, b"late", pattern(3, 10_000))
         barrier.wait()
-        log._ops = ops
+        log._writer._ops = ops
         ops.fail("fdatasync", errno.EIO)
         with pytest.raises(TierFailed):
             log.sync([unsynced] if unsynced else [])
@@ -908,4 +910,169 @@ def test_a_cancelled_append_leaves_nothing_alive(open_log: Opener, ops: FaultyOp
     asyncio.run(story())
     assert tier.log.num_extents == 1
     tier.log.check()
+    tier.close()
+
+
+def test_a_cancelled_write_that_could_not_be_made_durable_frees_nothing(
+    open_log: Opener, ops: FaultyOps
+) -> None:
+    tier = NvmeTier(open_log())
+    put(tier.log, 0)
+    gate = ops.hold_syncs()
+
+    async def story() -> None:
+        task = asyncio.ensure_future(tier.append(b"", pattern(1, 10_000)))
+        assert await asyncio.to_thread(ops.at_gate.acquire, timeout=PATIENCE_S)
+        task.cancel()
+        ops.fail("fdatasync", errno.EIO)
+        gate.release()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(story())
+    assert tier.log.num_extents == 1
+    tier.log.check()
+    tier.close()
+
+
+def test_appends_at_a_time_share_their_syncs_and_each_hears_of_its_own(
+    open_log: Opener, ops: FaultyOps
+) -> None:
+    tier = NvmeTier(open_log(size=16 * SEGMENT_SIZE))
+    put(tier.log, 0)
+    gate = ops.hold_syncs()
+    before = ops.calls["fdatasync"]
+
+    async def story() -> list[Extent | BaseException | None]:
+        first = asyncio.ensure_future(tier.append(b"first", pattern(1, 1000)))
+        assert await asyncio.to_thread(ops.at_gate.acquire, timeout=PATIENCE_S)
+        others = [asyncio.ensure_future(tier.append(b"", pattern(seed, 1000))) for seed in range(6)]
+        while tier.log.num_extents < 8:
+            await asyncio.sleep(0)
+        assert not first.done()
+        ops.fail("fdatasync", errno.EIO, after=1)
+        gate.release(2)
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    first, *others = asyncio.run(story())
+    assert isinstance(first, Extent)
+    assert all(isinstance(found, TierFailed) for found in others)
+    assert ops.calls["fdatasync"] == before + 2
+    assert tier.log.num_extents == 2
+    tier.close()
+
+
+def test_what_fails_in_an_append_is_the_callers_to_hear(
+    open_log: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = NvmeTier(open_log())
+    data = pattern(1, 10_000)
+
+    async def story() -> None:
+        with pytest.raises(Corrupt, match="expected"):
+            await tier.append(b"", data, payload_checksum=checksum(data) ^ 1)
+        with pytest.raises(InvalidRequest):
+            await tier.append(b"", data, codec="")
+        monkeypatch.setattr(tier.log, "sync", lambda _: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            await tier.append(b"", data)
+
+    asyncio.run(story())
+    tier.close()
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_killed_record_is_gone_for_good_and_hides_no_neighbour(
+    open_log: Opener, index: int
+) -> None:
+    log = open_log()
+    extents = [put(log, seed) for seed in range(3)]
+    assert log.kill(extents[index])
+    assert log.num_extents == 2
+    with pytest.raises(Corrupt):
+        log.read(extents[index], aligned_bytes(10_000))
+    # A second time it is somebody else's business.
+    assert not log.kill(extents[index])
+    assert not log.kill(Extent("nvme", 9 * SEGMENT_SIZE + BLOCK_SIZE, 10_000))
+    log.check()
+    del extents[index]
+    log = open_log()
+    assert [record.extent for record in log.scan()] == extents
+    assert all(log.adopt(extent) for extent in extents)
+    assert put(log, 9) not in extents
+    log.check()
+
+
+def test_a_killed_record_is_cleared_durably(open_log: Opener, ops: FaultyOps) -> None:
+    log = open_log()
+    extent = put(log, 1)
+    before = ops.calls["fdatasync"]
+    assert log.kill(extent)
+    assert ops.calls["fdatasync"] == before + 1
+
+
+@pytest.mark.parametrize("name", ["pwritev", "open", "fdatasync"])
+def test_a_kill_that_the_device_refuses_raises_nothing_and_frees(
+    open_log: Opener, ops: FaultyOps, name: str
+) -> None:
+    held = {put(open_log(), seed): seed for seed in range(2)}
+    log = open_log()
+    log.retire()
+    assert all(log.adopt(extent) for extent in held)
+    first, second = held
+    # Closed when it is killed, as an old segment may be.
+    log._pool.files.close()
+    ops.fail(name, errno.EIO)
+    assert not log.kill(first)
+    assert log.num_extents == 1
+    assert_holds(log, second, 1)
+    log.check()
+    log.free(second)
+    log.reclaim(0)
+    assert log.segments() == [] if name == "fdatasync" else log.segments()[0].status == "void"
+
+
+def test_a_sync_that_fails_in_a_kill_takes_what_others_had_to_keep(
+    open_log: Opener, ops: FaultyOps
+) -> None:
+    log = open_log()
+    bad = put(log, 1)
+    unsynced = log.append(b"", pattern(2, 10_000))
+    assert unsynced is not None
+    ops.fail("fdatasync", errno.EIO)
+    assert not log.kill(bad)
+    # The kernel tells of a lost write once: who asks later must not hear that all is well.
+    with pytest.raises(TierFailed, match="durable"):
+        log.sync([unsynced])
+
+
+def test_a_segment_is_not_reclaimed_while_a_record_of_it_is_killed(open_log: Opener) -> None:
+    log = open_log()
+    extent = put(log, 1)
+    log.retire()
+    barrier = threading.Barrier(2, timeout=PATIENCE_S)
+
+    class Waits(FileOps):
+        def pwritev(self, fd: int, vectors: Vectors, offset: int) -> int:
+            barrier.wait()
+            barrier.wait()
+            return super().pwritev(fd, vectors, offset)
+
+    log._pool._ops = Waits()
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(log.kill, extent)
+        barrier.wait()
+        with pytest.raises(InvalidRequest, match="cannot be reclaimed now"):
+            log.reclaim(0)
+        barrier.wait()
+        assert killing.result(PATIENCE_S)
+    log._pool._ops = FILE_OPS
+    log.reclaim(0)
+
+
+def test_the_tier_kills_too(open_log: Opener) -> None:
+    tier = NvmeTier(open_log())
+    extent = put(tier.log, 1)
+    assert asyncio.run(tier.kill(extent))
+    assert tier.log.num_extents == 0
     tier.close()

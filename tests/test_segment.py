@@ -33,10 +33,11 @@ from kvd.tiers.segment import (
     parse_log,
     parse_segment,
     payload_checksums,
+    piece_checksums,
     piece_size,
     record_size,
-    scan,
 )
+from kvd.tiers.segment_scan import scan
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats" / "segment.md"
 
@@ -47,8 +48,13 @@ segment_sizes = st.integers(SEGMENT_SIZE_MIN // BLOCK_SIZE, SEGMENT_SIZE_MAX // 
 )
 codecs = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), min_size=1, max_size=32)
 
+key_ids = st.one_of(st.just(bytes(16)), st.binary(min_size=16, max_size=16))
 log_headers = st.builds(
-    LogHeader, log_id=log_ids, segment_size=segment_sizes, run=st.integers(1, RUN_MAX)
+    LogHeader,
+    log_id=log_ids,
+    segment_size=segment_sizes,
+    run=st.integers(1, RUN_MAX),
+    key_id=key_ids,
 )
 segment_headers = st.builds(
     SegmentHeader,
@@ -57,23 +63,40 @@ segment_headers = st.builds(
     slot=st.integers(0, 2**32 - 1),
     life=u64,
     sequence=u64,
+    key_id=key_ids,
 )
+
+
+def seals(count: int) -> st.SearchStrategy[dict[str, object]]:
+    """The fields of an encrypted record of so many pieces."""
+    tags = st.binary(min_size=16, max_size=16)
+    return st.fixed_dictionaries(
+        {
+            "key_id": st.binary(min_size=16, max_size=16).filter(any),
+            "nonce": st.binary(min_size=12, max_size=12),
+            "tag": tags,
+            "tags": st.lists(tags, min_size=count, max_size=count).map(tuple),
+        }
+    )
 
 
 @st.composite
 def record_headers(draw: st.DrawFn) -> RecordHeader:
     size = draw(st.integers(1, 40 << 20))
-    pieces = draw(st.lists(u64, min_size=num_pieces(size), max_size=num_pieces(size)))
+    count = num_pieces(size)
+    pieces = draw(st.lists(u64, min_size=count, max_size=count))
+    sealed = draw(st.one_of(st.just({}), seals(count)))
     return RecordHeader(
         log_id=draw(log_ids),
         life=draw(u64),
         sequence=draw(u64),
         offset=draw(st.integers(1, 1000)) * BLOCK_SIZE,
         payload_size=size,
-        payload_checksum=pieces[0] if len(pieces) == 1 else draw(u64),
+        payload_checksum=draw(st.integers(0, 2**64 - 1)),
         pieces=tuple(pieces),
         label=draw(st.binary(max_size=LABEL_SIZE_MAX)),
         codec=draw(codecs),
+        **sealed,
     )
 
 
@@ -88,6 +111,9 @@ RECORD = RecordHeader(
     label=b"what it is",
     codec="cachegen/1",
 )
+SEALED = replace(
+    RECORD, key_id=b"k" * 16, nonce=b"n" * 12, tag=b"t" * 16, tags=(b"1" * 16, b"2" * 16, b"3" * 16)
+)
 SEGMENT = SegmentHeader(
     log_id=RECORD.log_id,
     segment_size=64 * BLOCK_SIZE,
@@ -101,6 +127,7 @@ BLOCKS = [
     (pack_log(LOG), parse_log),
     (pack_segment(SEGMENT), parse_segment),
     (pack_header(RECORD), parse_header),
+    (pack_header(SEALED), parse_header),
 ]
 
 
@@ -121,7 +148,7 @@ def test_headers_come_back_as_they_went_in(
     assert parse_header(pack_header(record)) == record
 
 
-@pytest.mark.parametrize(("block", "parse"), BLOCKS, ids=["log", "segment", "record"])
+@pytest.mark.parametrize(("block", "parse"), BLOCKS, ids=["log", "segment", "record", "sealed"])
 def test_every_flipped_byte_is_corrupt(block: bytes, parse: object) -> None:
     assert callable(parse)
     for at in range(BLOCK_SIZE):
@@ -132,7 +159,7 @@ def test_every_flipped_byte_is_corrupt(block: bytes, parse: object) -> None:
                 parse(flipped)
 
 
-@pytest.mark.parametrize(("block", "parse"), BLOCKS, ids=["log", "segment", "record"])
+@pytest.mark.parametrize(("block", "parse"), BLOCKS, ids=["log", "segment", "record", "sealed"])
 def test_every_truncated_block_is_corrupt(block: bytes, parse: object) -> None:
     assert callable(parse)
     for size in range(BLOCK_SIZE):
@@ -142,7 +169,7 @@ def test_every_truncated_block_is_corrupt(block: bytes, parse: object) -> None:
         parse(block + b"\0")
 
 
-@pytest.mark.parametrize(("block", "parse"), BLOCKS, ids=["log", "segment", "record"])
+@pytest.mark.parametrize(("block", "parse"), BLOCKS, ids=["log", "segment", "record", "sealed"])
 def test_a_lie_with_a_good_checksum_is_refused_or_reads_as_what_it_says(
     block: bytes, parse: object
 ) -> None:
@@ -166,7 +193,7 @@ def test_noise_is_corrupt(case: tuple[bytes, object], noise: bytes) -> None:
         case[1](noise)
 
 
-@pytest.mark.parametrize(("block", "parse"), BLOCKS, ids=["log", "segment", "record"])
+@pytest.mark.parametrize(("block", "parse"), BLOCKS, ids=["log", "segment", "record", "sealed"])
 def test_an_intact_block_of_another_version_is_told_apart(block: bytes, parse: object) -> None:
     assert callable(parse)
     with pytest.raises(Unsupported, match="found 2"):
@@ -188,14 +215,15 @@ def test_an_intact_block_of_another_version_is_told_apart(block: bytes, parse: o
         (72, b"\x01"),  # a piece size that does not follow from the payload's
         (76, b"\x04"),  # one piece too many
         (80, b"\xff\xff"),  # a label beyond its room
-        (84, b"\x01"),  # a cipher key
-        (100, b"\x01"),  # a nonce
-        (112, b"\x01"),  # a tag
+        (100, b"\x01"),  # a nonce without a key
+        (112, b"\x01"),  # a tag without a key
         (128, bytes(32)),  # no codec
         (130, b"\n"),  # a codec that cannot be printed
         (130, b"\x00"),  # a codec with a hole
         (200, b"\x01"),  # reserved bytes
         (256 + 24, b"\x01"),  # behind the last piece
+        (512, b"\x01"),  # a piece's tag without a key
+        (1024, b"\x01"),  # reserved bytes
         (1280 + 10, b"\x01"),  # behind the label
         (3840, b"\x01"),  # reserved bytes
     ],
@@ -203,6 +231,19 @@ def test_an_intact_block_of_another_version_is_told_apart(block: bytes, parse: o
 def test_a_record_header_that_cannot_be_is_corrupt(at: int, value: bytes) -> None:
     with pytest.raises(Corrupt):
         parse_header(resealed(pack_header(RECORD), at, value))
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (84, bytes(16)),  # tags without a key
+        (512 + 3 * 16, b"\x01"),  # behind the last tag
+        (1279, b"\x01"),  # reserved bytes
+    ],
+)
+def test_a_sealed_header_that_cannot_be_is_corrupt(at: int, value: bytes) -> None:
+    with pytest.raises(Corrupt):
+        parse_header(resealed(pack_header(SEALED), at, value))
 
 
 @given(st.integers(1, SEGMENT_SIZE_MAX - 2 * BLOCK_SIZE))
@@ -331,6 +372,7 @@ def test_what_a_run_lost_does_not_come_back_behind_what_a_later_run_wrote() -> N
         {"offset": 2 * BLOCK_SIZE},
         {"sequence": SEGMENT.sequence},
         {"payload_size": 200_000, "pieces": (7,), "payload_checksum": 7, "offset": 20 * BLOCK_SIZE},
+        {"key_id": b"k" * 16, "tags": (bytes(16),)},
     ],
 )
 def test_a_record_of_elsewhere_is_not_taken_for_ours(lie: dict[str, object]) -> None:
@@ -380,7 +422,7 @@ def test_the_pages_example_is_what_the_code_writes() -> None:
         offset=4096,
         payload_size=300_000,
         payload_checksum=checksum(payload),
-        pieces=payload_checksums(payload)[1],
+        pieces=piece_checksums(payload),
         label=b"hello",
     )
     for title, header, pack, parse in [

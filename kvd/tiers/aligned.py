@@ -17,12 +17,26 @@ from numpy.typing import NDArray
 from kvd.tiers.file_ops import FileOps, Vectors
 from kvd.tiers.segment import BLOCK_SIZE, Buffer, padded
 
+# What a thread keeps for the payload it works on. Most are smaller; fresh memory for each would
+# cost a page fault a block, as much as the work itself.
+SCRATCH_SIZE_MAX = 16 << 20
+
 _scratch = threading.local()
 
 
 def aligned_bytes(size: int) -> NDArray[np.uint8]:
     """`uint8 [size]` of zeros at a page's start, in whole pages."""
     return np.frombuffer(mmap.mmap(-1, padded(size)), dtype=np.uint8)[:size]
+
+
+def scratch_bytes(size: int) -> NDArray[np.uint8]:
+    """`uint8 [size]` at a page's start, the calling thread's until it asks again; not cleared."""
+    if size > SCRATCH_SIZE_MAX:
+        return aligned_bytes(size)
+    if not hasattr(_scratch, "payload") or _scratch.payload.size < size:
+        _scratch.payload = aligned_bytes(min(2 * padded(size), SCRATCH_SIZE_MAX))
+    payload: NDArray[np.uint8] = _scratch.payload
+    return payload[:size]
 
 
 class Frame:

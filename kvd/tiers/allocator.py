@@ -16,7 +16,7 @@ comes back, and that all bytes make one run once everything is freed, is propert
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain, islice
 
 GRANULE_SIZE = 4096
 
@@ -43,6 +43,8 @@ class Allocator:
         # A bin is a dict for its order: the run freed first is reused first.
         self._bins: dict[int, dict[int, None]] = {}
         self._bitmap = 0
+        # Start of the run behind the last range that `allocate_at` took.
+        self._behind = 0
         self._insert_run(0, size)
 
     @property
@@ -74,6 +76,29 @@ class Allocator:
         self._allocated[found] = size
         self.used += size
         return found
+
+    def allocate_at(self, offset: int, size: int) -> bool:
+        """Take exactly `size` bytes at `offset`, rounded up to granules; False, and nothing is
+        taken, where they are not all free or not all here.
+
+        For rebuilding from what another process wrote, so nothing is trusted. O(1) for ranges in
+        the order of their offsets, else O(free runs).
+        """
+        if size <= 0 or offset % GRANULE_SIZE:
+            return False
+        end = offset + round_up(size)
+        start = self._run_around(offset, end)
+        if start is None:
+            return False
+        run_end = start + self._remove_run(start)
+        if start < offset:
+            self._insert_run(start, offset - start)
+        if end < run_end:
+            self._insert_run(end, run_end - end)
+        self._allocated[offset] = end - offset
+        self.used += end - offset
+        self._behind = end
+        return True
 
     def free(self, offset: int) -> None:
         """Give the range that starts at `offset` back and merge it with its free neighbours."""
@@ -127,6 +152,14 @@ class Allocator:
             return None
         nearest = own + 1 + (above & -above).bit_length() - 1
         return next(iter(self._bins[nearest]))
+
+    def _run_around(self, offset: int, end: int) -> int | None:
+        """Start of the free run that holds `offset` to `end`, or None."""
+        likely = (offset, self._behind)
+        for start in chain(likely, self._free_by_start):
+            if start <= offset and end <= start + self._free_by_start.get(start, 0):
+                return start
+        return None
 
     def _insert_run(self, start: int, size: int) -> None:
         self._free_by_start[start] = size

@@ -1,30 +1,39 @@
 """The NVMe tier: the asynchronous rim of a segment log.
 
-Bytes move on a few threads each way, so that neither demotion nor promotion waits for the other;
-one more thread syncs: what is appended while an fdatasync runs shares the next one. Another opens
-the next segment when the active one is half full.
+Bytes move on a few threads each way, so that neither demotion nor promotion waits for the other.
+The one idea: a call crosses to the threads once and comes back once. A record that is written goes
+from its thread straight to the one that syncs; what is written while an fdatasync runs shares the
+next one. One more thread opens the next segment when the active one is half full.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvd.chunk import Extent
 from kvd.tiers.segment import RecordHeader
-from kvd.tiers.segment_log import SegmentLog, TierFailed
+from kvd.tiers.segment_log import SegmentLog
+from kvd.tiers.segment_reader import STRIPE_SIZE
 
-__all__ = ["NvmeTier", "TierFailed"]
-
-# Four in flight take what a device gives; eight measured no better and cost the event loop more.
-THREADS = 4
+# Four in flight take what a device gives. There are two readers more: while one verifies what it
+# has read, its place at the device must not stay empty. 16 records of 2 MiB take 11 % longer than a
+# plain read with four readers, 5 % with six.
+WRITERS = 4
+READERS = 6
 
 _T = TypeVar("_T")
+
+
+class _Written(NamedTuple):
+    extent: Extent
+    done: Future[Extent | None]
 
 
 class NvmeTier:
@@ -35,10 +44,12 @@ class NvmeTier:
 
     def __init__(self, log: SegmentLog) -> None:
         self.log = log
-        self._writers = ThreadPoolExecutor(THREADS, "kvd-nvme-write")
-        self._readers = ThreadPoolExecutor(THREADS, "kvd-nvme-read")
+        self._writers = ThreadPoolExecutor(WRITERS, "kvd-nvme-write")
+        self._readers = ThreadPoolExecutor(READERS, "kvd-nvme-read")
         self._syncer = ThreadPoolExecutor(1, "kvd-nvme-sync")
         self._opener = ThreadPoolExecutor(1, "kvd-nvme-open")
+        # Records that are written and wait for the next fdatasync.
+        self._written: deque[_Written] = deque()
 
     async def append(
         self,
@@ -51,23 +62,50 @@ class NvmeTier:
         """A durable record, or None where there is no room. Raises as `SegmentLog.append` and
         `sync`; cancelled, it leaves no live record.
         """
+        done: Future[Extent | None] = Future()
 
-        def write() -> Extent | None:
+        def write() -> None:
             if self.log.wants_spare:
                 self._opener.submit(self.log.prepare)
-            return self.log.append(label, payload, codec=codec, payload_checksum=payload_checksum)
+            try:
+                extent = self.log.append(
+                    label, payload, codec=codec, payload_checksum=payload_checksum
+                )
+            except BaseException as error:  # noqa: BLE001 (the caller's, whatever it is)
+                done.set_exception(error)
+                return
+            if extent is None:
+                done.set_result(None)
+                return
+            self._written.append(_Written(extent, done))
+            self._syncer.submit(self._sync)
 
-        async def story() -> Extent | None:
-            extent = await self._run(self._writers, write)
-            if extent is not None:
-                await self._run(self._syncer, lambda: self.log.sync([extent]))
-            return extent
-
-        return await _settled(story(), self._drop)
+        self._writers.submit(write)
+        return await _settled(asyncio.wrap_future(done), self._drop)
 
     async def read(self, extent: Extent, out: NDArray[np.uint8]) -> RecordHeader:
         """`SegmentLog.read`."""
         return await _settled(self._run(self._readers, lambda: self.log.read(extent, out)))
+
+    async def read_stream(
+        self,
+        extent: Extent,
+        out: NDArray[np.uint8],
+        *,
+        check: Callable[[RecordHeader], None],
+        progress: Callable[[int], None],
+        stripe_size: int = STRIPE_SIZE,
+    ) -> RecordHeader:
+        """`SegmentLog.read_stream`. One hop a record: `check` and `progress` are called on the
+        thread that reads, and what they raise comes back from here.
+        """
+
+        def read() -> RecordHeader:
+            return self.log.read_stream(
+                extent, out, check=check, progress=progress, stripe_size=stripe_size
+            )
+
+        return await _settled(self._run(self._readers, read))
 
     async def read_header(self, extent: Extent) -> RecordHeader:
         """`SegmentLog.read_header`."""
@@ -88,6 +126,10 @@ class NvmeTier:
 
         return await _settled(self._run(self._readers, read))
 
+    async def kill(self, extent: Extent) -> bool:
+        """`SegmentLog.kill`."""
+        return await _settled(self._run(self._writers, lambda: self.log.kill(extent)))
+
     async def reclaim(self, slot: int) -> None:
         """`SegmentLog.reclaim`."""
         await _settled(self._run(self._writers, lambda: self.log.reclaim(slot)))
@@ -102,22 +144,33 @@ class NvmeTier:
         if extent is not None:
             self.log.free(extent)
 
-    async def _run(self, pool: ThreadPoolExecutor, call: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(pool, call)
+    def _sync(self) -> None:
+        """Make durable what is written by now; what comes later brings another call."""
+        for _ in range(len(self._written)):
+            extent, done = self._written.popleft()
+            try:
+                # The first of them syncs all.
+                self.log.sync([extent])
+            except BaseException as error:  # noqa: BLE001 (the caller's, whatever it is)
+                done.set_exception(error)
+            else:
+                done.set_result(extent)
+
+    def _run(self, pool: ThreadPoolExecutor, call: Callable[[], _T]) -> asyncio.Future[_T]:
+        return asyncio.get_running_loop().run_in_executor(pool, call)
 
 
-async def _settled(story: Coroutine[Any, Any, _T], undo: Callable[[_T], None] | None = None) -> _T:
+async def _settled(story: asyncio.Future[_T], undo: Callable[[_T], None] | None = None) -> _T:
     # A thread cannot be stopped in the middle of a transfer: whoever cancels waits for its end, for
     # only then is the memory the caller's again.
-    task = asyncio.ensure_future(story)
     try:
-        return await asyncio.shield(task)
+        return await asyncio.shield(story)
     except asyncio.CancelledError:
-        while not task.done():
+        while not story.done():
             try:
-                await asyncio.wait([task])
+                await asyncio.wait([story])
             except asyncio.CancelledError:
                 continue
-        if undo is not None and not task.cancelled() and task.exception() is None:
-            undo(task.result())
+        if undo is not None and not story.cancelled() and story.exception() is None:
+            undo(story.result())
         raise

@@ -119,12 +119,14 @@ def segment_path(folder: Path, slot: int) -> Path:
 
 def find_segments(folder: Path) -> dict[int, int]:
     """Bytes of each segment file in `folder`, by slot."""
-    found = {}
-    for path in folder.glob("segment-????????"):
-        digits = path.name.removeprefix("segment-")
-        if digits.isascii() and digits.isdecimal() and path.is_file():
-            found[int(digits)] = path.stat().st_size
-    return dict(sorted(found.items()))
+    paths = {slot: segment_path(folder, slot) for slot in segment_slots(folder)}
+    return {slot: path.stat().st_size for slot, path in paths.items() if path.is_file()}
+
+
+def segment_slots(folder: Path) -> list[int]:
+    """The slots that a name in `folder` stands for, whatever it is the name of."""
+    names = [path.name.removeprefix("segment-") for path in folder.glob("segment-????????")]
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def drop_unfinished(folder: Path, ops: FileOps) -> None:

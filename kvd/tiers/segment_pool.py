@@ -15,6 +15,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from kvd.chunk import Extent
 from kvd.errors import InvalidRequest
 from kvd.tiers.aligned import aligned_bytes, read_bytes, write_all
 from kvd.tiers.file_ops import FileOps
@@ -27,12 +28,14 @@ from kvd.tiers.segment import (
     SegmentHeader,
     pack_header,
     pack_segment,
-    scan,
 )
 from kvd.tiers.segment_files import SegmentFiles, find_segments
+from kvd.tiers.segment_scan import scan
 from kvd.tiers.segment_state import Segment
 
 LOGGER = logging.getLogger(__name__)
+
+NAME = "nvme"
 
 
 class SegmentPool:
@@ -44,7 +47,10 @@ class SegmentPool:
         self.size = size
         self.segment_size = directory.header.segment_size
         self.log_id = directory.header.log_id
+        self.key_id = directory.header.key_id
         self.lock = threading.Lock()
+        # Held by whoever begins, reclaims or deletes a segment; `lock` is taken after it.
+        self.opening = threading.Lock()
         self.by_slot: dict[int, Segment] = {}
         self.device_bytes = 0
         self.files = SegmentFiles(directory.path, self.segment_size, is_direct=is_direct, ops=ops)
@@ -64,6 +70,10 @@ class SegmentPool:
         with self.lock:
             living = [segment for segment in self.by_slot.values() if segment.header is not None]
         return sorted(living, key=lambda segment: segment.sequence)
+
+    def extent(self, segment: Segment, offset: int, payload_size: int) -> Extent:
+        """The name of the record whose header is at `offset` of the segment."""
+        return Extent(NAME, segment.slot * self.segment_size + offset, payload_size)
 
     def next_sequence(self) -> int:
         """A number above all before it. The caller holds `lock`."""
@@ -136,6 +146,7 @@ class SegmentPool:
             slot=segment.slot,
             life=secrets.randbits(64) or 1,
             sequence=sequence,
+            key_id=self.key_id,
         )
         try:
             self._write_life(segment, pack_segment(header))
@@ -191,6 +202,19 @@ class SegmentPool:
         with self.lock:
             del self.by_slot[segment.slot]
 
+    @property
+    def lacks_reserve(self) -> bool:
+        """Whether the file system has less free than it should keep."""
+        return self._ops.free_size(self._folder) < self._reserve
+
+    def room(self) -> int:
+        """Bytes of segments that could be begun now: void ones, and new ones within the bounds."""
+        with self.lock:
+            voids = sum(segment.status == "void" for segment in self.by_slot.values())
+        free = self._ops.free_size(self._folder) - self._reserve
+        new = max(min(self.size - self.disk_size, free), 0) // self.segment_size
+        return (voids + new) * self.segment_size
+
     def superfluous(self) -> Segment | None:
         """A segment to delete: a void one while the log or the file system is too full, the oldest
         without a live record while the log is larger than it may be.
@@ -199,7 +223,7 @@ class SegmentPool:
             idle = [s for s in self.by_slot.values() if s.status != "active" and s.is_idle]
             is_large = self.disk_size > self.size
         voids = [segment for segment in idle if segment.header is None]
-        if voids and (is_large or self._ops.free_size(self._folder) < self._reserve):
+        if voids and (is_large or self.lacks_reserve):
             return voids[-1]
         dead = [segment for segment in idle if not segment.live]
         return min(dead, key=lambda s: s.sequence) if is_large and dead else None
@@ -271,4 +295,5 @@ class SegmentPool:
             header.log_id == self.log_id
             and header.slot == slot
             and header.segment_size == self.segment_size
+            and header.key_id == self.key_id
         )
