@@ -9,6 +9,8 @@ from kvd.errors import InvalidRequest
 from kvd.keys import ChunkKey, check_key
 
 CATEGORY_SIZE_MAX = 64
+# With all else it fits the label of a record on NVMe.
+REUSE_SIZE_MAX = 2048
 
 Fingerprint = NewType("Fingerprint", bytes)
 
@@ -65,3 +67,7 @@ class ChunkMeta:
             )
         if len(self.category.encode()) > CATEGORY_SIZE_MAX:
             raise InvalidRequest(f"category is longer than {CATEGORY_SIZE_MAX} bytes")
+        if len(self.reuse) > REUSE_SIZE_MAX:
+            raise InvalidRequest(
+                f"reuse metadata has at most {REUSE_SIZE_MAX} bytes, found {len(self.reuse)}"
+            )
