@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kvd.errors import ConfigError, Unavailable
+from kvd.errors import ConfigError, Corrupt, Unavailable
 from kvd.mapping import HUGE_PAGE_SIZE, Mapping
 
 HugePages = Literal["auto", "never", "require"]
@@ -71,11 +71,8 @@ class Arena:
                 f"{huge_pages_free()} free; reserve them with "
                 f"`sysctl vm.nr_hugepages={size // HUGE_PAGE_SIZE}` or start with --huge-pages auto"
             )
-        fd = _memfd(os.MFD_HUGETLB if use_huge else 0)
+        fd = make_sealed("kvd-arena", size, os.MFD_HUGETLB if use_huge else 0)
         try:
-            os.ftruncate(fd, size)
-            os.fchmod(fd, 0o600)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             return cls(fd, size, is_huge=use_huge)
         except BaseException:
             os.close(fd)
@@ -87,13 +84,36 @@ class Arena:
         refused.
         """
         try:
-            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            if not is_sealed(fd):
                 raise Unavailable("the daemon's arena is not sealed against shrinking")
             status = os.fstat(fd)
             return cls(fd, status.st_size, is_huge=status.st_blksize >= HUGE_PAGE_SIZE)
         except BaseException:
             os.close(fd)
             raise
+
+    @classmethod
+    def adopt(cls, fd: int) -> Arena:
+        """The arena that an earlier daemon made, for the daemon that follows it; takes `fd` over.
+
+        Its bytes are kept, by `populate` too, while clients of the earlier daemon may still write
+        some of them. Raises `Corrupt` for what is no arena of this daemon's user.
+        """
+        try:
+            status = os.fstat(fd)
+            if not is_sealed(fd):
+                raise Corrupt("the arena that was kept is not sealed memory; start a new one")
+            if not status.st_size or status.st_size % HUGE_PAGE_SIZE:
+                raise Corrupt(
+                    f"an arena is whole pages of {HUGE_PAGE_SIZE} bytes, {status.st_size} were kept"
+                )
+            if status.st_mode & 0o077:
+                mode = f"{status.st_mode & 0o777:o}"
+                raise Corrupt(f"mode 600 expected of the arena that was kept, found {mode}")
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls.attach(fd)
 
     def view(self, offset: int, size: int) -> NDArray[np.uint8]:
         """`uint8 [size]` at `offset`, without a copy. Raises `Unavailable` beyond the end: the peer
@@ -131,8 +151,8 @@ class Arena:
 
     def _collapse(self, start: int, end: int) -> None:
         """Make huge pages of `start` to `end`; what cannot be stays as it is."""
-        # The kernel wants a page to begin with: adding nothing to a byte makes one.
-        self.bytes[start:end:HUGE_PAGE_SIZE] |= 0
+        # The kernel wants a page to begin with: looking at a byte makes one.
+        self.bytes[start:end:HUGE_PAGE_SIZE].max()
         try:
             self._map.advise(_MADV_COLLAPSE, start, end - start)
         except OSError:
@@ -151,9 +171,9 @@ class Arena:
                 ) from error
             if error.errno != errno.EINVAL:
                 raise
-            # Before Linux 5.14: add nothing to one byte a page, which faults it in and keeps what
-            # is there.
-            self.bytes[start : end : mmap.PAGESIZE] |= 0
+            # Before Linux 5.14: look at one byte a page, which makes it too. To write back what was
+            # read would undo what another process writes in between.
+            self.bytes[start : end : mmap.PAGESIZE].max()
         first, last = start // HUGE_PAGE_SIZE, -(-end // HUGE_PAGE_SIZE)
         self._populated[first:last] = b"\x01" * (last - first)
 
@@ -164,15 +184,37 @@ class Arena:
             self.fd = -1
 
 
-def _memfd(flags: int) -> int:
+def is_sealed(fd: int) -> bool:
+    """Whether `fd` is memory whose size nobody can change any more."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:
+        # A file or a pipe has no seals at all.
+        return False
+
+
+def make_sealed(name: str, size: int, flags: int = 0) -> int:
+    """A descriptor of `size` bytes of new memory, mode 0600, sealed; no page of it is there yet."""
+    fd = _memfd(name, flags)
+    try:
+        os.ftruncate(fd, size)
+        os.fchmod(fd, 0o600)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _memfd(name: str, flags: int) -> int:
     flags |= os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        return os.memfd_create("kvd-arena", flags | _MFD_NOEXEC_SEAL)
+        return os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
     except OSError as error:
         # Before Linux 6.3 there is no such flag, and no setting that demands it.
         if error.errno != errno.EINVAL:
             raise
-        return os.memfd_create("kvd-arena", flags)
+        return os.memfd_create(name, flags)
 
 
 def huge_pages_free() -> int:

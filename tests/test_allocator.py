@@ -32,6 +32,26 @@ class AllocatorMachine(RuleBasedStateMachine):
             self.model[offset] = round_up(size)
         return offset
 
+    @rule(
+        target=ranges,
+        granule=st.integers(-1, SIZE // GRANULE_SIZE),
+        size=st.integers(-1, SIZE // 3),
+        shift=st.sampled_from([0, 0, 0, 0, 1, 100]),
+    )
+    def allocate_at(self, granule: int, size: int, shift: int) -> int | None:
+        offset = granule * GRANULE_SIZE + shift
+        end = offset + round_up(size)
+        is_free = all(
+            end <= start or start + length <= offset for start, length in self.model.items()
+        )
+        is_sound = offset >= 0 and end <= SIZE and size > 0 and not shift
+        assert self.allocator.allocate_at(offset, size) == (is_free and is_sound)
+        if not (is_free and is_sound):
+            return None
+        assert self.allocator.allocated_size(offset) == round_up(size)
+        self.model[offset] = round_up(size)
+        return offset
+
     @rule(offset=consumes(ranges))
     def free(self, offset: int | None) -> None:
         if offset is not None:
@@ -94,3 +114,43 @@ def test_the_tightest_run_is_taken() -> None:
         allocator.free(holes[index])  # type: ignore[arg-type]
     assert allocator.allocate(5 * GRANULE_SIZE) == holes[2]
     assert allocator.allocate(8 * GRANULE_SIZE) == holes[4]
+
+
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=60), st.randoms())
+def test_an_allocator_is_rebuilt_from_what_was_allocated(
+    granules: list[int], random: object
+) -> None:
+    before = Allocator(SIZE)
+    offsets = [before.allocate(count * GRANULE_SIZE) for count in granules]
+    kept = {offset for offset in offsets if offset is not None and random.random() < 0.6}  # type: ignore[attr-defined]
+    ranges = [(offset, before.allocated_size(offset)) for offset in kept]
+    for offset in offsets:
+        if offset is not None and offset not in kept:
+            before.free(offset)
+    random.shuffle(ranges)  # type: ignore[attr-defined]
+    for order in (ranges, sorted(ranges)):
+        after = Allocator(SIZE)
+        assert all(after.allocate_at(offset, size - 1) for offset, size in order)
+        after.check()
+        assert sorted(after.free_runs()) == sorted(before.free_runs())
+        assert not any(after.allocate_at(offset, size) for offset, size in order)
+        assert sorted(after.free_runs()) == sorted(before.free_runs())
+
+
+def test_rebuilding_in_the_order_of_offsets_looks_at_no_run_twice() -> None:
+    # Ten thousand holes: looking through them for each range would be fifty million looks.
+    looks = 0
+
+    class Counted(dict[int, int]):
+        def get(self, start: int, otherwise: int = 0) -> int:  # type: ignore[override]
+            nonlocal looks
+            looks += 1
+            return super().get(start, otherwise)
+
+    count = 10_000
+    allocator = Allocator(2 * count * GRANULE_SIZE)
+    allocator._free_by_start = Counted(allocator._free_by_start)
+    for index in range(count):
+        assert allocator.allocate_at(2 * index * GRANULE_SIZE, 1)
+    assert len(allocator.free_runs()) == count
+    assert looks <= 3 * count

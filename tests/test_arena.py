@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvd.arena import HUGE_PAGE_SIZE, Arena
+from kvd.arena import HUGE_PAGE_SIZE, Arena, make_sealed
 from kvd.chunk import Extent
-from kvd.errors import ConfigError, Unavailable
+from kvd.errors import ConfigError, Corrupt, Unavailable
+from kvd.mapping import Mapping
 from kvd.tiers.base import Tier
 from kvd.tiers.cpu import CpuTier
 from tests.contracts.tier import TierContract
@@ -31,6 +33,15 @@ class TestCpuTier(TierContract):
         tier.view(extent)[:] = 7
         assert tier.arena.bytes[extent.offset + 4999] == 7
         assert tier.arena.bytes[extent.offset + 5000] == 0
+
+    def test_exactly_these_bytes_are_taken_where_they_are_free(self) -> None:
+        tier = CpuTier(Arena.create(SIZE, huge_pages="never"))
+        assert tier.allocate_at(8192, 5000) == Extent("cpu", 8192, 5000)
+        assert tier.allocate_at(12288, 1) is None
+        assert tier.allocate_at(SIZE - 4096, 4097) is None
+        assert tier.used == 8192
+        assert tier.allocate_at(16384, 1) == Extent("cpu", 16384, 1)
+        tier.check()
 
 
 def test_nobody_can_shrink_or_grow_it() -> None:
@@ -93,6 +104,54 @@ def test_populate_gives_every_page_its_memory_and_says_so() -> None:
     assert os.fstat(arena.fd).st_blocks * 512 == SIZE
     assert seen[-1] == SIZE
     assert list(arena.view(0, 4)) == [5, 5, 5, 5]
+
+
+def test_an_adopted_arena_has_the_bytes_that_were_left() -> None:
+    first = Arena.create(SIZE, huge_pages="never")
+    first.bytes[:] = np.arange(SIZE, dtype=np.uint8)
+    second = Arena.adopt(os.dup(first.fd))
+    first.close()
+    for huge_pages in ("never", "auto"):
+        second.populate(huge_pages=huge_pages)  # type: ignore[arg-type]
+        assert np.array_equal(second.bytes, np.arange(SIZE, dtype=np.uint8))
+    assert Arena.attach(os.dup(second.fd)).size == SIZE
+
+
+def test_what_is_no_arena_is_not_adopted(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(SIZE))
+    unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(unsealed, SIZE)
+    open_to_all = make_sealed("kvd-arena", SIZE)
+    os.fchmod(open_to_all, 0o666)
+    for fd, message in [
+        (os.open(path, os.O_RDWR), "not sealed"),
+        (unsealed, "not sealed"),
+        (make_sealed("kvd-arena", SIZE - 4096), f"{SIZE - 4096} were kept"),
+        (make_sealed("kvd-arena", 0), "0 were kept"),
+        (open_to_all, "found 666"),
+    ]:
+        with pytest.raises(Corrupt, match=message):
+            Arena.adopt(fd)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+
+
+def test_populating_never_undoes_what_another_process_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # To read a byte and write it back would: so no byte is written, whatever the kernel can do.
+    def refuse(self: Mapping, advice: int, start: int, size: int) -> None:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    arena = Arena.create(SIZE, huge_pages="never")
+    with monkeypatch.context() as patch:
+        # As on a kernel that knows neither advice.
+        patch.setattr(Mapping, "advise", refuse)
+        arena.bytes.flags.writeable = False
+        arena.populate()
+        arena.map_in(0, SIZE)
+    assert os.fstat(arena.fd).st_blocks * 512 == SIZE
 
 
 def test_map_in_changes_no_byte() -> None:
