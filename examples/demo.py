@@ -2,7 +2,8 @@
 
 A 4,600-token manual and a question at its end go to SmolLM2-135M-Instruct on the CPU: without kvd,
 with kvd while it knows nothing, and with kvd once it knows the manual, in this process and in a new
-one. The greedy answers must be the same tokens each time.
+one. Then the daemon is killed (SIGKILL) and started again: it has forgotten its memory, and answers
+from disk. The greedy answers must be the same tokens each time.
 
     python examples/demo.py [--quick] [--dtype bfloat16] [--json FILE]
 
@@ -51,6 +52,8 @@ TARGET_SPEEDUP = 8.0
 
 # Twice what the manual needs in float32: 4,608 tokens of 46,080 bytes.
 CPU_SIZE = "512MiB"
+NVME_SIZE = "1GiB"
+PERSIST_S_MAX = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +106,19 @@ def run(options: argparse.Namespace, console: Console, folder: Path) -> dict[str
         TimeElapsedColumn(),
         console=console,
     )
-    with bar, started_daemon(folder) as socket:
-        first = ask_in_this_process(options.dtype, socket, asked, bar)
+    with bar, started_daemon(folder) as daemon:
+        first = ask_in_this_process(options.dtype, daemon.socket, asked, bar)
         step = bar.add_task("a new process with kvd", total=len(asked) + 1)
-        new = list(answers_of_new_process(options, socket, bar, step))
-    return make_report(options.dtype, asked, first, new)
+        new = list(answers_of_new_process(options, daemon.socket, bar, step))
+        step = bar.add_task("kill -9, a new daemon, answers from disk", total=len(asked) + 1)
+        with kvd.connect(daemon.socket) as client:
+            client.persist(timeout_s=PERSIST_S_MAX)
+        daemon.kill()
+        daemon.start()
+        revived = list(answers_of_new_process(options, daemon.socket, bar, step))
+        with kvd.connect(daemon.socket) as client:
+            bytes_from_disk = client.status().counters["promote_bytes"]
+    return make_report(options.dtype, asked, first, new, revived, bytes_from_disk)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +160,12 @@ def ask_in_this_process(dtype: str, socket: Path, asked: list[str], bar: Progres
 
 
 def make_report(
-    dtype: str, asked: list[str], first: FirstProcess, new: list[Answer]
+    dtype: str,
+    asked: list[str],
+    first: FirstProcess,
+    new: list[Answer],
+    revived: list[Answer],
+    bytes_from_disk: int,
 ) -> dict[str, Any]:
     """The object of `--json`. Speed-ups compare the new process with `generate` without kvd."""
     questions: list[dict[str, Any]] = [
@@ -158,10 +174,14 @@ def make_report(
             "without_kvd": asdict(one),
             "same_process": asdict(two),
             "new_process": asdict(three),
+            "after_kill": asdict(four),
             "speedup": one.ttft_s / three.ttft_s,
-            "identical": one.tokens == two.tokens == three.tokens,
+            "speedup_after_kill": one.ttft_s / four.ttft_s,
+            "identical": one.tokens == two.tokens == three.tokens == four.tokens,
         }
-        for question, one, two, three in zip(asked, first.plain, first.warm, new, strict=True)
+        for question, one, two, three, four in zip(
+            asked, first.plain, first.warm, new, revived, strict=True
+        )
     ]
     is_same_cold = first.cold.tokens == first.plain[0].tokens
     return {
@@ -169,8 +189,16 @@ def make_report(
         "tokens_identical": all(found["identical"] for found in questions) and is_same_cold,
         # Beside each other, whether the manual's KV was computed or loaded, here or there.
         "tokens_identical_with_kvd": first.cold.tokens == first.warm[0].tokens
-        and all(two.tokens == three.tokens for two, three in zip(first.warm, new, strict=True)),
+        and all(
+            two.tokens == three.tokens == four.tokens
+            for two, three, four in zip(first.warm, new, revived, strict=True)
+        ),
         "tokens_reused": min(answer.reused for answer in new),
+        "tokens_reused_after_kill": min(answer.reused for answer in revived),
+        # The first question brings the manual from disk, the others find it in memory.
+        "ttft_from_disk_s": revived[0].ttft_s,
+        "speedup_from_disk": questions[0]["speedup_after_kill"],
+        "bytes_from_disk": bytes_from_disk,
         "ttft_cold_s": median(answer.ttft_s for answer in first.plain),
         "ttft_kvd_s": median(answer.ttft_s for answer in new),
         "ttft_kvd_same_process_s": median(answer.ttft_s for answer in first.warm),
@@ -282,24 +310,42 @@ class Stopwatch:
         pass
 
 
-@contextmanager
-def started_daemon(folder: Path) -> Iterator[Path]:
-    """The socket of a `kvd start` of our own, ready; the daemon ends with the block."""
-    socket, log = folder / "kvd.sock", folder / "kvd.log"
-    command = [sys.executable, "-m", "kvd", "start", "--tiers", "cpu", "--cpu-size", CPU_SIZE]
-    command += ["--socket", str(socket), "--http", "none", "--grpc-socket", "none"]
-    with log.open("wb") as out:
-        daemon = subprocess.Popen(command, stderr=out)
-    try:
+class Daemon:
+    """A `kvd start` of our own, with its memory and its folder on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "kvd.sock"
+        self._log = folder / "kvd.log"
+        self._command = [sys.executable, "-m", "kvd", "start", "--tiers", "cpu,nvme"]
+        self._command += ["--cpu-size", CPU_SIZE, "--nvme-path", str(folder / "nvme")]
+        self._command += ["--nvme-size", NVME_SIZE, "--nvme-reserve", "0"]
+        self._command += ["--socket", str(self.socket), "--http", "none", "--grpc-socket", "none"]
+        self.start()
+
+    def start(self) -> None:
+        """Returns when it is ready."""
+        with self._log.open("ab") as out:
+            self._process = subprocess.Popen(self._command, stderr=out)
         give_up = time.monotonic() + START_S_MAX
-        while not is_ready(socket):
-            if daemon.poll() is not None or time.monotonic() > give_up:
-                raise SystemExit(f"the daemon did not start:\n{log.read_text()}")
+        while not is_ready(self.socket):
+            if self._process.poll() is not None or time.monotonic() > give_up:
+                raise SystemExit(f"the daemon did not start:\n{self._log.read_text()}")
             time.sleep(0.05)
-        yield socket
+
+    def kill(self) -> None:
+        """SIGKILL: it can save nothing."""
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def started_daemon(folder: Path) -> Iterator[Daemon]:
+    """A daemon that ends with the block."""
+    daemon = Daemon(folder)
+    try:
+        yield daemon
     finally:
-        daemon.terminate()
-        daemon.wait()
+        daemon.kill()
 
 
 def is_ready(socket: Path) -> bool:
@@ -347,7 +393,8 @@ def read_questions(options: argparse.Namespace) -> list[str]:
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
     table = Table(title="Time to first token", caption="one row a question, numbered below")
-    for header in ("", "tokens reused", "without kvd", "with kvd", "in a new process", "speed-up"):
+    headers = ("", "tokens reused", "without kvd", "with kvd", "in a new process", "speed-up")
+    for header in (*headers, "after kill -9"):
         table.add_column(header, justify="right")
     table.add_column("same tokens", justify="center")
     for number, found in enumerate(report["questions"], start=1):
@@ -359,6 +406,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
             f"{found['same_process']['ttft_s']:.2f} s",
             f"{new['ttft_s']:.2f} s",
             f"{found['speedup']:.1f}x",
+            f"{found['after_kill']['ttft_s']:.2f} s",
             "yes" if found["identical"] else "[red]no[/red]",
         )
     console.print(table)
@@ -375,6 +423,10 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     summary.add_row("kvd knew nothing", f"{report['ttft_kvd_nothing_known_s']:.2f} s, stored after")
     summary.add_row(
         "median speed-up", f"{report['ttft_speedup']:.1f}x (target {TARGET_SPEEDUP:.0f}x)"
+    )
+    from_disk = f"{report['bytes_from_disk'] / 2**20:,.0f} MiB came from disk, verified"
+    summary.add_row(
+        "after kill -9", f"first answer {report['speedup_from_disk']:.1f}x: {from_disk}"
     )
     summary.add_row("same tokens", same_tokens(report))
     summary.add_row("machine", f"{host['cores']} cores, {host['cpu']}, torch {host['torch']}")

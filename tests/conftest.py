@@ -26,7 +26,9 @@ class DaemonProcess:
     def __init__(self, folder: Path, *flags: str, cpu_size: str = "64MiB") -> None:
         self.socket = folder / "kvd.sock"
         self.log = folder / "kvd.log"
-        self._flags = ["--tiers", "cpu", "--cpu-size", cpu_size, "--http", "none", *flags]
+        self._flags = ["--cpu-size", cpu_size, "--http", "none", *flags]
+        if "--tiers" not in flags:
+            self._flags += ["--tiers", "cpu"]
         if "--grpc-socket" not in flags:
             self._flags += ["--grpc-socket", "none"]
         self.process = self._start()
@@ -47,6 +49,15 @@ class DaemonProcess:
         if self.process.poll() is None:
             self.kill()
         self.process = self._start()
+
+    @classmethod
+    def on_disk(
+        cls, folder: Path, *flags: str, nvme_size: str = "256MiB", cpu_size: str = "64MiB"
+    ) -> DaemonProcess:
+        """A daemon with a disk tier in `folder`/nvme."""
+        disk = ("--tiers", "cpu,nvme", "--nvme-path", str(folder / "nvme"))
+        bounds = ("--nvme-size", nvme_size, "--nvme-reserve", "0")
+        return cls(folder, *disk, *bounds, *flags, cpu_size=cpu_size)
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""

@@ -38,8 +38,14 @@ from kvd.proto import kvd_pb2 as pb
 from tests.conftest import DaemonProcess
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("start", "status", "ls", "clear", "pin", "unpin", "doctor", "completion")
-REMOTE_COMMANDS = ("status", "ls", "clear --all --yes", f"pin {'ab' * 32}", f"unpin {'ab' * 32}")
+COMMANDS = (
+    *("start", "status", "ls", "clear", "pin", "unpin", "persist", "scrub"),
+    *("doctor", "completion"),
+)
+REMOTE_COMMANDS = (
+    *("status", "ls", "clear --all --yes", f"pin {'ab' * 32}", f"unpin {'ab' * 32}"),
+    *("persist", "scrub"),
+)
 KVD = (sys.executable, "-m", "kvd")
 
 

@@ -19,9 +19,20 @@ GIB = 1 << 30
 
 # One value for each field that is not its default: what people write, and what it means.
 SAMPLES: dict[str, tuple[str, object]] = {
-    "tiers": ("cpu,gpu", ("cpu", "gpu")),
+    "tiers": ("cpu,nvme", ("cpu", "nvme")),
     "cpu_size": ("1.5GiB", 3 << 29),
     "huge_pages": ("require", "require"),
+    "nvme_path": ("/var/lib/kvd", "/var/lib/kvd"),
+    "nvme_size": ("200GiB", 200 << 30),
+    "nvme_reserve": ("10GiB", 10 << 30),
+    "nvme_write": ("through", "through"),
+    "nvme_admit_hits": ("2", 2),
+    "nvme_quota": ("1GiB", 1 << 30),
+    "nvme_prefetch": ("false", False),
+    "nvme_scrub_rate": ("1MiB", 1 << 20),
+    "nvme_flush_s": ("2.5", 2.5),
+    "nvme_key_file": ("/key", "/key"),
+    "nvme_key_command": ("cat /key", "cat /key"),
     "socket": ("/tmp/a.sock", Path("/tmp/a.sock")),
     "socket_group": ("engines", "engines"),
     "grpc_socket": ("none", "none"),
@@ -38,7 +49,13 @@ SAMPLES: dict[str, tuple[str, object]] = {
 }
 
 # What a field cannot be without.
-COMPANIONS = {"tls_cert": "tls_key", "tls_key": "tls_cert", "tls_client_ca": "tls_cert"}
+COMPANIONS = {
+    "tls_cert": "tls_key",
+    "tls_key": "tls_cert",
+    "tls_client_ca": "tls_cert",
+    "tiers": "nvme_path",
+    "nvme_path": "tiers",
+}
 
 
 def with_companions(name: str) -> list[str]:
@@ -350,8 +367,30 @@ class TestMachine:
         check_machine(Config(), make_machine(tmp_path))
 
     def test_tier_that_does_not_exist_lists_those_that_do(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"tier 'gpu' does not exist here; there is: cpu$"):
+        with pytest.raises(
+            ConfigError, match=r"tier 'gpu' does not exist here; there is: cpu, nvme$"
+        ):
             check_machine(Config(tiers=("gpu", "cpu")), make_machine(tmp_path))
+
+    def test_a_disk_tier_needs_memory_above_it(self, tmp_path: Path) -> None:
+        config = Config(tiers=("nvme",), nvme_path="/var/lib/kvd")
+        with pytest.raises(ConfigError, match=r"tier cpu is missing.* found nvme"):
+            check_machine(config, make_machine(tmp_path))
+
+    def test_the_nvme_tier_and_its_folder_come_together(self) -> None:
+        with pytest.raises(ConfigError, match="tier nvme needs a folder: give nvme_path"):
+            Config(tiers=("cpu", "nvme"))
+        with pytest.raises(ConfigError, match="nvme is not among the tiers"):
+            Config(nvme_path="/var/lib/kvd")
+
+    def test_one_way_to_the_key(self) -> None:
+        with pytest.raises(ConfigError, match="both given: choose one"):
+            Config(nvme_key_file="/a", nvme_key_command="b")
+
+    @pytest.mark.parametrize("value", ["0", "1001", "x", "1.5", True])
+    def test_a_count_out_of_bounds_is_refused(self, value: object) -> None:
+        with pytest.raises(ConfigError, match=r"a whole number in 1\.\.1000 wanted"):
+            load_config({"nvme_admit_hits": value}, {}, None)
 
     def test_policy_that_does_not_exist_lists_those_that_do(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"eviction policy 'mru' .*there is: .*lru"):

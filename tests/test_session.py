@@ -91,6 +91,9 @@ def valid_requests() -> list[bytes]:
         {"list": pb.ListRequest(limit=2, cursor=1, category="chat")},
         {"clear": pb.ClearRequest(category="chat", limit=1)},
         {"hold": pb.HoldRequest(keys=keys, is_held=True)},
+        {"wait": pb.WaitRequest(lease=1, index=0, size=9, timeout_ns=5)},
+        {"persist": pb.PersistRequest(keys=keys, timeout_ns=5)},
+        {"scrub": pb.ScrubRequest(start=True, rate=9)},
     ]
     return [
         pb.Request(id=index + 1, **verb).SerializeToString() for index, verb in enumerate(verbs)
@@ -258,9 +261,9 @@ def test_attach_comes_first_and_once() -> None:
     session = Session(store, Facts(pid=1, state="serving"), has_arena=True)
     assert "attach comes first" in ask(session, lookup=pb.LookupRequest()).error.message
     other = ask(session, attach=pb.AttachRequest(version=99)).error.message
-    assert "protocol 1, the client 99" in other
-    assert ask(session, attach=pb.AttachRequest(version=1)).attach.arena_size == store.tier.size
-    assert "already" in ask(session, attach=pb.AttachRequest(version=1)).error.message
+    assert "protocol 2, the client 99" in other
+    assert ask(session, attach=pb.AttachRequest(version=2)).attach.arena_size == store.tier.size
+    assert "already" in ask(session, attach=pb.AttachRequest(version=2)).error.message
 
 
 LIES: list[tuple[dict, str, str]] = [

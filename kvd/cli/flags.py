@@ -127,7 +127,7 @@ def remote_options(command: F) -> F:
 def _config_option(field: Field[Any]) -> Any:
     found: Setting = field.metadata["setting"]
     default = field.default_factory() if field.default_factory is not MISSING else field.default
-    shown = _show(default)
+    shown = str(default) if found.metavar == "COUNT" else _show(default)
     text = found.help + (f"  [default: {shown}]" if shown else "")
     flag = flag_of(field.name)
     if found.is_switch:

@@ -35,7 +35,18 @@ CHUNK_HEADERS = (
 )
 
 # Counters that speak of trouble: shown only once there is some.
-_TROUBLES = ("reserve_full", "leases_expired", "request_errors", "internal_errors")
+_TROUBLES = (
+    "reserve_full",
+    "leases_expired",
+    "demote_missed_chunks",
+    "quarantine_chunks",
+    "damaged_chunks",
+    "nvme_read_errors",
+    "nvme_write_errors",
+    "nvme_index_errors",
+    "request_errors",
+    "internal_errors",
+)
 
 # Candidates named when digits fit several.
 _NAMED_MAX = 4
@@ -107,10 +118,7 @@ def status_rows(reply: pb.StatusReply) -> list[tuple[str, str]]:
         ("chunks", f"{reply.num_chunks} in {reply.num_layouts} layouts"),
         ("sessions", f"{reply.num_sessions}, {open_now}"),
     ]
-    for tier in reply.tiers:
-        used, free = format_share(tier.used, tier.size), format_size(tier.largest_free)
-        text = f"{used}, longest free {free}, {tier.pages} pages"
-        rows.append((f"tier {tier.name}", text))
+    rows += [row for tier in reply.tiers for row in _tier_rows(tier)]
     asked, hits = counters["lookup_chunks"], counters["lookup_hits"]
     share = f" ({100 * hits / asked:.1f} %)" if asked else ""
     rows.append(("lookups", f"{hits} of {asked} chunks found{share}"))
@@ -118,9 +126,31 @@ def status_rows(reply: pb.StatusReply) -> list[tuple[str, str]]:
         ("stored", counters["commit_chunks"], counters["commit_bytes"]),
         ("loaded", counters["pin_hits"], counters["pin_bytes"]),
         ("evicted", counters["evict_chunks"], counters["evict_bytes"]),
+        ("written to disk", counters["demote_chunks"], counters["demote_bytes"]),
+        ("read from disk", counters["promote_chunks"], counters["promote_bytes"]),
     ):
         rows.append((name, f"{num_chunks} chunks, {format_size(size)}"))
     rows += [(name.replace("_", " "), str(counters[name])) for name in _TROUBLES if counters[name]]
+    return rows
+
+
+def _tier_rows(tier: pb.TierStatus) -> list[tuple[str, str]]:
+    name, used = f"tier {tier.name}", format_share(tier.used, tier.size)
+    if not tier.path:
+        free = format_size(tier.largest_free)
+        return [(name, f"{used}, longest free {free}, {tier.pages} pages")]
+    rows = [(name, f"{used} in {tier.path}, {format_size(tier.disk_size)} of files")]
+    if tier.failure:
+        rows.append((f"{name} FAILS", tier.failure))
+    a_day = format_size(int(tier.written_a_day))
+    amplification = f"amplification {tier.write_amplification:.2f}"
+    rows.append(
+        (f"{name} wear", f"{format_size(tier.written)} written, {a_day} a day, {amplification}")
+    )
+    if not tier.is_direct:
+        rows.append((f"{name} note", "the file system refuses O_DIRECT: the page cache is used"))
+    if tier.key_id:
+        rows.append((f"{name} key", tier.key_id.hex()))
     return rows
 
 
@@ -130,7 +160,7 @@ def to_dict(message: Any) -> dict[str, object]:
     return {
         name: value.hex() if isinstance(value, bytes) else value
         for name, value in values.items()
-        if isinstance(value, (str, int, bytes))
+        if isinstance(value, (str, int, float, bytes))
     }
 
 

@@ -17,16 +17,25 @@ from numpy.typing import ArrayLike
 
 from kvd.client.connection import Connection, LocalConnection
 from kvd.client.lease import Lease, Reservation
-from kvd.errors import AccessDenied, InvalidRequest, Unavailable
+from kvd.errors import (
+    AccessDenied,
+    DeadlineExceeded,
+    InvalidRequest,
+    TierFailed,
+    Unavailable,
+)
 from kvd.keys import ChunkKey, chain_keys, join_keys
 from kvd.layout import KVLayout
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.address import default_socket
 from kvd.proto.convert import layout_to_message
-from kvd.proto.limits import KEYS_MAX
+from kvd.proto.limits import KEYS_MAX, WAIT_NS_MAX
 
 TIMEOUT_S_DEFAULT = 5.0
 LEASE_S_DEFAULT = 30.0
+
+# How long a store lets a disk catch up: a second of it is more than a gigabyte.
+WAIT_S_DEFAULT = 1.0
 
 # After a failed attach, calls fail at once for this long instead of trying again.
 RETRY_EVERY_S = 0.2
@@ -121,19 +130,26 @@ class Client:
         keys: Sequence[ChunkKey],
         *,
         standalone: bool = False,
+        wait: bool = True,
+        wait_s: float = WAIT_S_DEFAULT,
         lease_s: float = LEASE_S_DEFAULT,
         timeout_s: float | None = None,
     ) -> Lease:
         """Pin the leading `keys` that are there, or with `standalone` each that is; may be none:
         `len(lease)`.
 
-        At most 2048 keys a call. Raises `LayoutMismatch` if a chunk has another layout.
+        With `wait`, chunks on disk are in memory when this returns, and those that could not be
+        read right are left out. Without, the lease is there at once, and each chunk is waited for
+        as it is read: see `Lease.wait`. Where memory is full of what waits for the disk, the daemon
+        makes room first, for `wait_s` at most; what finds none then counts as not there. At most
+        2048 keys a call. Raises `LayoutMismatch` if a chunk has another layout.
         """
         message = pb.PinRequest(
             keys=join_keys(keys),
             layout=layout.fingerprint,
             standalone=standalone,
             lease_ns=_lease_ns(lease_s),
+            wait_ns=self._wait_ns(wait_s, timeout_s),
         )
         response, connection = self._call_on(pb.Request(pin=message), timeout_s)
         reply = response.pin
@@ -141,14 +157,13 @@ class Client:
             pinned = [key for key, is_here in zip(keys, reply.present, strict=True) if is_here]
         else:
             pinned = list(keys[: len(reply.offsets)])
-        return Lease(
-            connection,
-            layout,
-            pinned,
-            reply,
-            is_verified=self.verify,
-            timeout_s=timeout_s or self.timeout_s,
+        timeout_s = timeout_s or self.timeout_s
+        lease = Lease(
+            connection, layout, pinned, reply, is_verified=self.verify, timeout_s=timeout_s
         )
+        if wait:
+            lease.keep_good(standalone=standalone, timeout_s=timeout_s)
+        return lease
 
     def reserve(
         self,
@@ -161,14 +176,16 @@ class Client:
         standalone: bool = False,
         category: str = "",
         prefill_us: int = 0,
+        wait_s: float = WAIT_S_DEFAULT,
         lease_s: float = LEASE_S_DEFAULT,
         timeout_s: float | None = None,
     ) -> Reservation:
         """Extents for those of `keys` that nobody has stored or is storing.
 
         The chunks follow each other behind `parent` (default: they begin the prompt); `num_tokens`
-        defaults to whole chunks; `start` is the position of the first token. At most 2048 keys a
-        call.
+        defaults to whole chunks; `start` is the position of the first token. Where a disk cannot
+        follow what is stored, the daemon waits for it up to `wait_s`, then drops the coldest chunks
+        instead; 0 never waits. At most 2048 keys a call.
         """
         counts = [layout.chunk_tokens] * len(keys) if num_tokens is None else list(num_tokens)
         if start and parent is None and not standalone:
@@ -185,6 +202,7 @@ class Client:
             category=category,
             prefill_us=prefill_us,
             lease_ns=_lease_ns(lease_s),
+            wait_ns=self._wait_ns(wait_s, timeout_s),
         )
         response, connection = self._call_on(pb.Request(reserve=message), timeout_s, declare=layout)
         return Reservation(
@@ -281,6 +299,42 @@ class Client:
             count += self._call(pb.Request(hold=message), timeout_s).hold.count
         return count
 
+    def persist(
+        self, keys: Sequence[ChunkKey] | None = None, *, timeout_s: float | None = None
+    ) -> int:
+        """Write chunks (default: all) to disk now, and return how many of them are durable there.
+
+        Raises `TierFailed` if not all that are here can be, `InvalidRequest` where there is no tier
+        on disk, and `DeadlineExceeded`: the rest is still being written then.
+        """
+        give_up = time.monotonic() + (timeout_s or self.timeout_s)
+        num_durable = 0
+        for part in [()] if keys is None else split_parts(keys):
+            num_durable += self._persist(part, give_up)
+        return num_durable
+
+    def _persist(self, keys: Sequence[ChunkKey], give_up: float) -> int:
+        while True:
+            left_s = max(give_up - time.monotonic(), 0.001)
+            timeout_ns = min(int(left_s * 1e9), WAIT_NS_MAX)
+            message = pb.PersistRequest(keys=join_keys(keys), timeout_ns=timeout_ns)
+            reply = self._call(pb.Request(persist=message), left_s + 1.0).persist
+            if reply.reason:
+                raise TierFailed(f"{reply.num_durable} chunks are durable, not all: {reply.reason}")
+            if not reply.num_pending:
+                return reply.num_durable
+            if time.monotonic() > give_up:
+                raise DeadlineExceeded(f"{reply.num_pending} chunks are still being written")
+
+    def scrub(
+        self, *, start: bool = True, rate: int = 0, timeout_s: float | None = None
+    ) -> pb.ScrubReply:
+        """Begin to verify everything on disk, at `rate` bytes a second (0: the daemon's own rate),
+        or only ask how far it is.
+        """
+        message = pb.ScrubRequest(start=start, rate=rate)
+        return self._call(pb.Request(scrub=message), timeout_s).scrub
+
     def close(self) -> None:
         """End the session: all leases end with it. Reservations still open keep it until they are
         written.
@@ -294,6 +348,10 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _wait_ns(self, wait_s: float, timeout_s: float | None) -> int:
+        # Half of the deadline is left for the rest.
+        return int(min(wait_s, (timeout_s or self.timeout_s) / 2) * 1e9)
 
     def _call(self, request: pb.Request, timeout_s: float | None) -> pb.Response:
         return self._call_on(request, timeout_s)[0]

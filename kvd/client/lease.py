@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from kvd.client.connection import Connection
 from kvd.client.tensors import as_array, as_tensor, copy_in, copy_out
-from kvd.errors import Corrupt, InvalidRequest, LeaseExpired, UnknownLease
+from kvd.errors import Corrupt, DeadlineExceeded, InvalidRequest, LeaseExpired, UnknownLease
 from kvd.keys import ChunkKey, short
 from kvd.layout import KVLayout
 from kvd.proto import kvd_pb2 as pb
-from kvd.proto.limits import DATA_SIZE_MAX
+from kvd.proto.limits import DATA_SIZE_MAX, WAIT_NS_MAX
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,10 @@ class Lease:
 
     `array`, `tensor` and `raw` are views without a copy: what was read from one counts only if
     `check` passes afterwards, as leaving the `with` block does. `load` copies and checks by itself.
+
+    A chunk that comes from disk may not be all there yet. Whatever reads one waits for it; `wait`
+    waits for a part of it. One that turns out to be damaged is lost: reading it raises `Corrupt`,
+    and it is a miss. `pin(..., wait=True)`, the default, has done all that before it returns.
     """
 
     def __init__(
@@ -50,10 +54,13 @@ class Lease:
         self.is_released = not reply.lease
         self._id = reply.lease
         self._connection = connection
-        self._offsets = reply.offsets
-        self._sizes = reply.sizes
-        self._num_tokens = reply.num_tokens
-        self._checksums = reply.checksums
+        self._offsets: Sequence[int] = reply.offsets
+        self._sizes: Sequence[int] = reply.sizes
+        self._num_tokens: Sequence[int] = reply.num_tokens
+        self._checksums: Sequence[int] = reply.checksums
+        self._ready = list(reply.ready)
+        # Where each chunk stands in the daemon's lease.
+        self._positions: Sequence[int] = range(len(reply.offsets))
         self._is_verified = is_verified
         self._timeout_s = timeout_s
         if connection.arena is not None:
@@ -81,19 +88,73 @@ class Lease:
         """`[layers, planes, tokens, kv_heads, head_dim]` of one chunk."""
         return self.layout.shape(self._num_tokens[index])
 
+    def wait(self, index: int, size: int | None = None, *, timeout_s: float | None = None) -> bool:
+        """Wait until the first `size` bytes of a chunk (default: all) may be read; False if the
+        chunk is lost. Raises `DeadlineExceeded` or `LeaseExpired`.
+
+        Layers come in order: `size` for the first n of them is n / layers of the chunk.
+        """
+        size = self._sizes[index] if size is None else size
+        if not self._ready or self._ready[index] >= size:
+            return True
+        give_up = time.monotonic() + (timeout_s or self._timeout_s)
+        while (left_s := give_up - time.monotonic()) > 0:
+            self.check()
+            timeout_ns = min(int(left_s * 1e9), WAIT_NS_MAX)
+            message = pb.WaitRequest(lease=self._id, index=index, size=size, timeout_ns=timeout_ns)
+            # The answer comes within the time asked for; what is added is for the way.
+            answer = self._connection.call(pb.Request(wait=message), left_s + 1.0).wait
+            if answer.is_lost:
+                return False
+            self._ready[index] = answer.ready
+            if answer.ready >= size:
+                return True
+        raise DeadlineExceeded(
+            f"chunk {short(self.keys[index])}: {self._ready[index]} of {size} bytes came in time"
+        )
+
+    def keep_good(self, *, standalone: bool, timeout_s: float) -> None:
+        """Wait for every chunk, and leave out those that are lost; of a chain, also what continues
+        them. Raises as `wait`: the lease is released then.
+        """
+        if not self._ready:
+            return
+        give_up = time.monotonic() + timeout_s
+        good: list[int] = []
+        try:
+            for index in range(len(self)):
+                if self.wait(index, timeout_s=max(give_up - time.monotonic(), 0.001)):
+                    good.append(index)
+                elif not standalone:
+                    break
+        except BaseException:
+            if not self.is_released:
+                self.release()
+            raise
+        if len(good) < len(self):
+            self._positions = good
+            self.keys = [self.keys[index] for index in good]
+            for name in ("_offsets", "_sizes", "_num_tokens", "_checksums"):
+                values = getattr(self, name)
+                setattr(self, name, [values[index] for index in good] if values else values)
+        self._ready = []
+
     def raw(self, index: int) -> NDArray[np.uint8]:
         """`uint8 [size]` of one chunk: a view of the arena, or, without shared memory, a copy of
-        the bytes.
+        the bytes. Raises `Corrupt` for one that is lost.
         """
         self.check()
         size = self._sizes[index]
+        if self._ready and not self.wait(index):
+            raise Corrupt(f"chunk {short(self.keys[index])} was lost on disk; treat it as a miss")
         arena = self._connection.arena
         if arena is not None:
             return arena.view(self._offsets[index], size)
         out = np.empty(size, dtype=np.uint8)
         for offset in range(0, size, DATA_SIZE_MAX):
             part = min(DATA_SIZE_MAX, size - offset)
-            message = pb.ReadRequest(lease=self._id, index=index, offset=offset, size=part)
+            position = self._positions[index]
+            message = pb.ReadRequest(lease=self._id, index=position, offset=offset, size=part)
             data = self._connection.call(pb.Request(read=message), self._timeout_s).read.data
             if len(data) != part:
                 raise Corrupt(f"{part} bytes asked for, the daemon sent {len(data)}")

@@ -5,6 +5,7 @@ clients waiting.
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
@@ -13,13 +14,13 @@ from uuid import uuid4
 from kvd import __version__
 from kvd.chunk import Fingerprint
 from kvd.daemon.directory import Entry
-from kvd.daemon.store import ChunkStore
+from kvd.daemon.store import ChunkStore, Lower
 from kvd.errors import InvalidRequest, KvdError, Unavailable
 from kvd.keys import split_keys
 from kvd.layout import KVLayout
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.convert import layout_to_message
-from kvd.proto.limits import CLEAR_LIMIT_MAX, LIST_LIMIT_MAX, LIST_SIZE_MAX
+from kvd.proto.limits import CLEAR_LIMIT_MAX, LIST_LIMIT_MAX, LIST_SIZE_MAX, WAIT_NS_MAX
 
 
 @dataclass
@@ -67,7 +68,8 @@ def status(store: ChunkStore, facts: Facts, message: pb.StatusRequest) -> pb.Sta
                 largest_free=tier.largest_free,
                 num_extents=tier.num_extents,
                 pages=facts.pages,
-            )
+            ),
+            *([] if store.lower is None else [pb.TierStatus(**store.lower.facts())]),
         ],
         counters=dict(store.counters),
     )
@@ -87,8 +89,10 @@ def list_chunks(store: ChunkStore, message: pb.ListRequest) -> pb.ListReply:
         at += 1
         if _matches(entry, message.category, message.layout):
             info = _info(entry)
-            if info.layout not in layouts:
-                layouts[info.layout] = _described(store.layouts[Fingerprint(info.layout)])
+            known = store.layouts.get(Fingerprint(info.layout))
+            # One from before the last start, of an index that was lost, is described when declared.
+            if known is not None and info.layout not in layouts:
+                layouts[info.layout] = _described(known)
                 size += layouts[info.layout].ByteSize()
             reply.chunks.append(info)
             size += info.ByteSize()
@@ -127,6 +131,31 @@ def hold(store: ChunkStore, message: pb.HoldRequest) -> pb.HoldReply:
     if not keys:
         raise InvalidRequest("no keys named")
     return pb.HoldReply(count=store.hold(keys, message.is_held))
+
+
+def persist(store: ChunkStore, message: pb.PersistRequest) -> Awaitable[pb.PersistReply]:
+    """Write chunks to disk now, within a bound of time."""
+    if store.lower is None:
+        raise InvalidRequest("this daemon has no tier on disk; start it with --tiers cpu,nvme")
+    return _persist(store, store.lower, message)
+
+
+async def _persist(store: ChunkStore, lower: Lower, message: pb.PersistRequest) -> pb.PersistReply:
+    keys = split_keys(message.keys)
+    found = [store.directory.get(key) for key in keys] if keys else list(store.directory)
+    entries = [entry for entry in found if entry is not None]
+    timeout_ns = min(message.timeout_ns or WAIT_NS_MAX, WAIT_NS_MAX)
+    done = await lower.persist(entries, timeout_ns / 1e9)
+    return pb.PersistReply(**done._asdict())
+
+
+def scrub(store: ChunkStore, message: pb.ScrubRequest) -> pb.ScrubReply:
+    """Begin a pass over everything on disk, or ask how far it is."""
+    if store.lower is None:
+        raise InvalidRequest("this daemon has no tier on disk; there is nothing to scrub")
+    if message.start:
+        store.lower.scrub(message.rate)
+    return pb.ScrubReply(**store.lower.scrubbed._asdict())
 
 
 def _described(layout: KVLayout) -> pb.Layout:

@@ -20,6 +20,7 @@ from kvd.daemon.settings import (
     Setting,
     read_address,
     read_choice,
+    read_count,
     read_names,
     read_seconds,
     read_size,
@@ -37,6 +38,15 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 # One huge page: below it an arena holds no chunk of any real model.
 CPU_SIZE_MIN = 2 << 20
 
+# Four segments of the least size that is used: one to fill, one to give back, room to copy.
+NVME_SIZE_MIN = 4 << 20
+
+# Far more than anybody asks for one chunk before it is worth a write.
+ADMIT_HITS_MAX = 1000
+
+WriteWhen = Literal["back", "through"]
+
+_WRITE_WHEN = ("back", "through")
 _HUGE_PAGES = ("auto", "never", "require")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -74,6 +84,71 @@ class Config:
             "2 MiB pages for the arena: if enough are free, never, or else do not start.",
             choices=_HUGE_PAGES,
         ),
+    )
+    nvme_path: str = field(
+        default="",
+        metadata=setting(read_text, "DIR", "Folder of the nvme tier; one daemon a folder."),
+    )
+    nvme_size: int = field(
+        default=64 << 30,
+        metadata=setting(read_size(NVME_SIZE_MIN), "SIZE", "The most that the nvme tier uses."),
+    )
+    nvme_reserve: int = field(
+        default=5 << 30,
+        metadata=setting(
+            read_size(0), "SIZE", "What the nvme tier leaves free on its file system, for others."
+        ),
+    )
+    nvme_write: WriteWhen = field(
+        default="back",
+        metadata=setting(
+            read_choice(*_WRITE_WHEN),
+            "WHEN",
+            "Write chunks to disk before they leave memory, or as soon as they are stored.",
+            choices=_WRITE_WHEN,
+        ),
+    )
+    nvme_admit_hits: int = field(
+        default=1,
+        metadata=setting(
+            read_count(1, ADMIT_HITS_MAX),
+            "COUNT",
+            "Write only chunks that were asked for so often, their store counted; 1 is all.",
+        ),
+    )
+    nvme_quota: int = field(
+        default=0,
+        metadata=setting(
+            read_size(0), "SIZE", "The most that one tenant (a salt) uses on disk; 0 is no bound."
+        ),
+    )
+    nvme_prefetch: bool = field(
+        default=True,
+        metadata=setting(
+            read_switch, "", "Let chunks on disk begin to come when a lookup finds them."
+        ),
+    )
+    nvme_scrub_rate: int = field(
+        default=16 << 20,
+        metadata=setting(
+            read_size(0), "SIZE", "Bytes a second of the daily pass over all records; 0 for none."
+        ),
+    )
+    nvme_flush_s: float = field(
+        default=20.0,
+        metadata=setting(
+            read_seconds, "SECONDS", "How long a stop may take to write what is only in memory."
+        ),
+    )
+    nvme_key_file: str = field(
+        default="",
+        metadata=setting(
+            read_text, "FILE", "Key that encrypts the nvme tier: 32 bytes or 64 hex digits."
+        ),
+    )
+    nvme_key_command: str = field(
+        default="",
+        metadata=setting(read_text, "COMMAND", "Command that prints that key."),
     )
     socket: Path = field(
         default_factory=default_socket,
@@ -157,6 +232,7 @@ class Config:
             _read("grpc_socket", read_socket, self.grpc_socket_path)
         if self.grpc_socket_path == self.socket:
             raise ConfigError(f"grpc_socket and socket are the same path, {self.socket}")
+        self._check_nvme()
         self._check_tls()
 
     @property
@@ -172,6 +248,16 @@ class Config:
     def has_tls(self) -> bool:
         """Whether the TCP listener speaks TLS."""
         return bool(self.tls_cert)
+
+    def _check_nvme(self) -> None:
+        if "nvme" in self.tiers and not self.nvme_path:
+            raise ConfigError("tier nvme needs a folder: give nvme_path, like /var/lib/kvd")
+        if self.nvme_path and "nvme" not in self.tiers:
+            raise ConfigError(
+                "nvme_path is given, but nvme is not among the tiers: give tiers cpu,nvme"
+            )
+        if self.nvme_key_file and self.nvme_key_command:
+            raise ConfigError("nvme_key_file and nvme_key_command are both given: choose one")
 
     def _check_tls(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):

@@ -1,8 +1,8 @@
 """Directory: which chunks are here. A dict, and for each chunk the tree of prefixes that its
 chained key encodes.
 
-A chunk is *rooted* when every chunk before it is here too, back to the layout's fingerprint. Only
-leaves are evicted, so rooted chunks stay rooted, and of a chain of keys the first ones are rooted
+A chunk is *rooted* when every chunk before it is here too, back to the layout's fingerprint. What
+leaves takes the root from all that continues it, so of a chain of keys the first ones are rooted
 and the rest is not: the longest known prefix is found by bisection, in ten probes for 128k tokens
 however many chunks there are.
 
@@ -21,22 +21,56 @@ from kvd.keys import ChunkKey, PackedKeys
 
 
 class Entry:
-    """A chunk that is here: what it is, where it is, and what keeps it here.
+    """A chunk that is here: what it is, where its copies are, and what keeps it here.
 
-    `children` is None, the one child, or a set of them: most chunks have one, and a set each would
-    cost 200 bytes.
+    `in_memory` is the copy that clients map, `on_disk` the durable one; a listed chunk has either
+    or both. `uses` counts how often it was asked for, its store being the first; `is_recent` says
+    that it was asked for since its copy was written to disk. `children` is None, the one child, or
+    a set of them: most chunks have one, and a set each would cost 200 bytes.
     """
 
-    __slots__ = ("children", "is_held", "is_rooted", "meta", "parent", "pins", "placement")
+    __slots__ = (
+        "children",
+        "in_memory",
+        "is_held",
+        "is_recent",
+        "is_rooted",
+        "meta",
+        "on_disk",
+        "parent",
+        "pins",
+        "uses",
+    )
 
-    def __init__(self, meta: ChunkMeta, placement: Placement) -> None:
+    def __init__(
+        self,
+        meta: ChunkMeta,
+        in_memory: Placement | None = None,
+        *,
+        on_disk: Placement | None = None,
+    ) -> None:
         self.meta = meta
-        self.placement = placement
+        self.in_memory = in_memory
+        self.on_disk = on_disk
         self.parent: Entry | None = None
         self.children: Entry | set[Entry] | None = None
         self.pins = 0
+        self.uses = 1
         self.is_held = False
+        self.is_recent = False
         self.is_rooted = False
+
+    @property
+    def placement(self) -> Placement:
+        """The copy that is read first."""
+        found = self.in_memory or self.on_disk
+        assert found is not None
+        return found
+
+    @property
+    def size(self) -> int:
+        """Bytes of the chunk as it is kept."""
+        return self.placement.extent.size
 
     @property
     def is_pinned(self) -> bool:
@@ -47,6 +81,11 @@ class Entry:
     def is_leaf(self) -> bool:
         """No chunk here continues this one."""
         return self.children is None
+
+    @property
+    def is_leaf_in_memory(self) -> bool:
+        """No chunk in memory continues this one."""
+        return not any(child.in_memory is not None for child in _as_children(self.children))
 
     def descendants(self) -> Iterator[Entry]:
         """This entry and all that continue it, each before its own parent."""
@@ -66,7 +105,7 @@ class Directory:
         self._entries: dict[ChunkKey, Entry] = {}
         # Entries that are not rooted, by the key of the parent that they wait for. They have no
         # links, so that clients that lie about parents can make no cycle.
-        self._waiting: dict[bytes, list[Entry]] = {}
+        self._waiting: dict[bytes, dict[Entry, None]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -109,11 +148,14 @@ class Directory:
         if parent is not None and parent.is_rooted:
             self._root(entry, parent)
         else:
-            self._waiting.setdefault(meta.parent, []).append(entry)
+            self._waiting.setdefault(meta.parent, {})[entry] = None
 
     def remove(self, entry: Entry) -> None:
-        """Unlist a leaf."""
-        assert entry.is_leaf
+        """Unlist a chunk. Those that continue it stay, unrooted: nobody finds them by a lookup
+        until it comes back.
+        """
+        if not entry.is_leaf:
+            self._unroot(entry)
         del self._entries[entry.meta.key]
         if entry.parent is not None:
             _drop_child(entry.parent, entry)
@@ -121,9 +163,18 @@ class Directory:
         if not entry.is_rooted:
             assert entry.meta.parent is not None
             waiting = self._waiting[entry.meta.parent]
-            waiting.remove(entry)
+            del waiting[entry]
             if not waiting:
                 del self._waiting[entry.meta.parent]
+
+    def _unroot(self, root: Entry) -> None:
+        for entry in root.descendants():
+            entry.children = None
+            if entry is not root:
+                entry.parent = None
+                entry.is_rooted = False
+                assert entry.meta.parent is not None
+                self._waiting.setdefault(entry.meta.parent, {})[entry] = None
 
     def _root(self, entry: Entry, parent: Entry | None) -> None:
         stack = [(entry, parent)]

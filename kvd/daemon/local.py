@@ -21,6 +21,7 @@ import select
 import socket
 import struct
 from collections import deque
+from collections.abc import Awaitable
 from pathlib import Path
 
 from kvd.arena import Arena
@@ -136,6 +137,7 @@ class _LocalClient:
         # One byte more than allowed: a packet that fills it was too long, and the rest is gone.
         self._buffer = bytearray(MESSAGE_SIZE_MAX + 1)
         self._view = memoryview(self._buffer)
+        self._pending: asyncio.Task[None] | None = None
         self._loop.add_reader(peer, self._read)
 
     def _read(self) -> None:
@@ -151,9 +153,20 @@ class _LocalClient:
             return
         was_attached = self._session.is_attached
         answer = self._session.handle_packet(bytes(self._view[:size]))
-        if answer is not None:
+        if isinstance(answer, Awaitable):
+            # The next request waits in the socket until this one is answered.
+            self._loop.remove_reader(self._peer)
+            self._pending = self._loop.create_task(self._send_later(answer))
+        elif answer is not None:
             is_first = self._session.is_attached and not was_attached
             self._send(answer, [self._arena_fd] if is_first else [])
+
+    async def _send_later(self, pending: Awaitable[bytes | None]) -> None:
+        answer = await pending
+        self._pending = None
+        self._loop.add_reader(self._peer, self._read)
+        if answer is not None:
+            self._send(answer, [])
 
     def _send(self, answer: bytes, fds: list[int]) -> None:
         if not self._unsent and _try_send(self._peer, answer, fds):
@@ -175,6 +188,8 @@ class _LocalClient:
         self._loop.remove_reader(self._peer)
         self._loop.remove_writer(self._peer)
         self._peer.close()
+        if self._pending is not None:
+            self._pending.cancel()
         num_leases = len(self._session.leases)
         self._session.close()
         self._server.forget(self)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -50,6 +50,27 @@ _COUNTERS = {
     "pin_bytes": ("pin_bytes", "Bytes of chunks pinned, to be loaded."),
     "evict_chunks": ("evict_chunks", "Chunks evicted to make room."),
     "evict_bytes": ("evict_bytes", "Bytes of chunks evicted."),
+    "demote_chunks": ("demote_chunks", "Chunks written from memory to disk."),
+    "demote_bytes": ("demote_bytes", "Bytes of chunks written from memory to disk."),
+    "demote_missed_chunks": (
+        "demote_missed_chunks",
+        "Chunks that left memory before the disk could take them.",
+    ),
+    "promote_chunks": ("promote_chunks", "Chunks read from disk into memory."),
+    "promote_bytes": ("promote_bytes", "Bytes of chunks read from disk into memory."),
+    "promote_full": ("promote_full_chunks", "Chunks not read from disk for want of memory."),
+    "prefetch_chunks": ("prefetch_chunks", "Chunks that a lookup let come from disk."),
+    "nvme_evict_chunks": ("nvme_evict_chunks", "Chunks dropped to make room on disk."),
+    "nvme_quota_chunks": ("nvme_quota_chunks", "Chunks dropped for their tenant's quota."),
+    "nvme_copy_chunks": ("nvme_copy_chunks", "Chunks that got a second chance on disk."),
+    "nvme_copy_bytes": ("nvme_copy_bytes", "Bytes written for second chances."),
+    "nvme_read_errors": ("nvme_read_errors", "Reads that the device refused."),
+    "nvme_write_errors": ("nvme_write_errors", "Writes that the device refused."),
+    "nvme_index_errors": ("nvme_index_errors", "Failures of the index on disk."),
+    "quarantine_chunks": ("quarantine_chunks", "Records on disk found damaged, never served."),
+    "damaged_chunks": ("damaged_chunks", "Chunks in memory that were not what was committed."),
+    "scrub_chunks": ("scrub_chunks", "Records that scrubbing has verified."),
+    "scrub_bytes": ("scrub_bytes", "Bytes that scrubbing has verified."),
     "leases_expired": ("leases_expired", "Leases that ended by their deadline."),
     "clear_chunks": ("clear_chunks", "Chunks dropped by an operator."),
     "request_errors": ("request_errors", "Requests refused with an error."),
@@ -58,6 +79,20 @@ _COUNTERS = {
 _TIER_COUNTERS = frozenset(
     ("reserve_full", "commit_chunks", "commit_bytes", "pin_bytes", "evict_chunks", "evict_bytes")
 )
+
+_TIER_GAUGES = {
+    "size": ("kvd_tier_size_bytes", "Bytes of the tier."),
+    "used": ("kvd_tier_used_bytes", "Bytes allocated, rounding included."),
+    "largest_free": ("kvd_tier_largest_free_bytes", "Longest run of free bytes."),
+    "num_extents": ("kvd_tier_extents", "Extents allocated."),
+    "disk_size": ("kvd_tier_disk_bytes", "Bytes of files."),
+    "written": ("kvd_tier_written_bytes", "Bytes given to the device since the start."),
+    "written_a_day": ("kvd_tier_written_a_day_bytes", "Bytes a day at the rate of this run."),
+    "write_amplification": (
+        "kvd_tier_write_amplification",
+        "Bytes given to the device for each byte of chunks that came from memory.",
+    ),
+}
 
 
 class StoreCollector(Collector):
@@ -234,19 +269,30 @@ def _store_metrics(store: ChunkStore) -> Iterator[Metric]:
 
 
 def _tier_metrics(store: ChunkStore) -> Iterator[Metric]:
-    tier = store.tier
-    readers: tuple[tuple[str, str, Callable[[], int]], ...] = (
-        ("kvd_tier_size_bytes", "Bytes of the tier.", lambda: tier.size),
-        ("kvd_tier_used_bytes", "Bytes allocated, rounding included.", lambda: tier.used),
-        ("kvd_tier_largest_free_bytes", "Longest run of free bytes.", lambda: tier.largest_free),
-        ("kvd_tier_extents", "Extents allocated.", lambda: tier.num_extents),
-    )
-    for name, text, read in readers:
-        value = _read(read)
-        if value is not None:
-            family = GaugeMetricFamily(name, text, labels=("tier",))
-            family.add_metric((tier.name,), value)
+    tier, lower = store.tier, store.lower
+    upper: dict[str, Any] = {
+        "name": tier.name,
+        "size": tier.size,
+        "used": tier.used,
+        "largest_free": _read(lambda: tier.largest_free),
+        "num_extents": tier.num_extents,
+    }
+    tiers = [upper]
+    if lower is not None and (found := _read(lower.facts)) is not None:
+        tiers.append(found)
+    for name, (metric, text) in _TIER_GAUGES.items():
+        family = GaugeMetricFamily(metric, text, labels=("tier",))
+        for facts in tiers:
+            if (value := facts.get(name)) is not None:
+                family.add_metric((facts["name"],), value)
+        if family.samples:
             yield family
+    if len(tiers) > 1:
+        family = GaugeMetricFamily(
+            "kvd_tier_failing", "1 while the tier refuses writes.", labels=("tier",)
+        )
+        family.add_metric((tiers[1]["name"],), bool(tiers[1]["failure"]))
+        yield family
 
 
 def _counter_metrics(store: ChunkStore) -> Iterator[Metric]:

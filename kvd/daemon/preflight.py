@@ -10,7 +10,7 @@ from kvd.daemon.eviction.registry import make_policy
 from kvd.errors import ConfigError
 from kvd.sizes import format_size
 
-TIERS = ("cpu",)
+TIERS = ("cpu", "nvme")
 
 
 def check_machine(config: Config, root: Path = machine.ROOT) -> None:
@@ -18,10 +18,16 @@ def check_machine(config: Config, root: Path = machine.ROOT) -> None:
     for name in config.tiers:
         if name not in TIERS:
             raise ConfigError(f"tier {name!r} does not exist here; there is: {', '.join(TIERS)}")
+    if "cpu" not in config.tiers:
+        raise ConfigError(
+            "tier cpu is missing, where clients read and write: give tiers cpu,nvme; "
+            f"found {','.join(config.tiers)}"
+        )
     make_policy(config.eviction)
     _check_memory(config, root)
     for name in ("tls_cert", "tls_key", "tls_client_ca"):
         _check_readable(name, getattr(config, name))
+    _check_readable("nvme_key_file", config.nvme_key_file)
     if config.log_file and not Path(config.log_file).absolute().parent.is_dir():
         raise ConfigError(f"log_file: {config.log_file} has no directory; make it first")
     if config.socket_group:

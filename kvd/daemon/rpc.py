@@ -40,6 +40,7 @@ from kvd.errors import (
     KvdError,
     LayoutMismatch,
     LeaseExpired,
+    TierFailed,
     TooLarge,
     Unavailable,
     UnknownLease,
@@ -92,6 +93,7 @@ _STATUS = {
     Corrupt.code: grpc.StatusCode.DATA_LOSS,
     DeadlineExceeded.code: grpc.StatusCode.DEADLINE_EXCEEDED,
     Unavailable.code: grpc.StatusCode.UNAVAILABLE,
+    TierFailed.code: grpc.StatusCode.INTERNAL,
 }
 
 
@@ -206,6 +208,8 @@ async def _converse(session: Session, context: Any) -> None:
     # At the end of the stream there are no bytes but a mark.
     while isinstance(packet, bytes):
         answer = session.handle_packet(packet)
+        if isinstance(answer, Awaitable):
+            answer = await answer
         if answer is not None:
             await context.write(answer)
         packet = await context.read()

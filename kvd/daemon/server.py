@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -25,6 +26,9 @@ from kvd.daemon.local import LocalServer
 from kvd.daemon.metrics import serve_http
 from kvd.daemon.store import ChunkStore
 from kvd.tiers.cpu import CpuTier
+
+if TYPE_CHECKING:
+    from kvd.daemon.mover import Mover
 
 log = logging.getLogger("kvd.server")
 
@@ -67,8 +71,12 @@ class Daemon:
                 log.info("event=http_listening port=%d", http.port)
             try:
                 store, arena = await self._open_store()
+                mover = await self._open_disk(store)
             except _StoppedEarlyError:
                 return 0
+            if mover is not None:
+                stack.push_async_callback(mover.close, flush_s=self.config.nvme_flush_s)
+                mover.start()
             local = LocalServer(
                 self.config.socket, arena, store, self.facts, group=self.config.socket_group
             )
@@ -92,6 +100,19 @@ class Daemon:
         self.facts.pages = arena.pages
         log.info("event=populated size=%d seconds=%.1f", arena.size, time.monotonic() - started)
         return ChunkStore(CpuTier(arena), make_policy(self.config.eviction)), arena
+
+    async def _open_disk(self, store: ChunkStore) -> Mover | None:
+        if "nvme" not in self.config.tiers:
+            return None
+        # LMDB and the segment log are only for those who have a disk tier.
+        from kvd.daemon.reopen import reopen
+
+        return await reopen(self.config, store, self._scanned)
+
+    def _scanned(self, done: int, size: int) -> None:
+        log.info("event=scanning done=%d size=%d", done, size)
+        if self._stop.is_set():
+            raise _StoppedEarlyError
 
     def _populate(self, arena: Arena) -> None:
         if not sys.stderr.isatty():

@@ -1,15 +1,19 @@
 """Session: one attached client. It turns each request into a call on the store and remembers what
 it must give back.
 
-Both planes feed it: the attach socket one packet at a time, gRPC one stream message at a time.
-Nothing here waits, so a request is answered before the next one is looked at.
+Both planes feed it: the attach socket one packet at a time, gRPC one stream message at a time. A
+request is answered before the client's next one is looked at. Most are answered at once; those that
+wait for a disk (`wait`, `persist`, a `reserve` that may) are answered later, within a bound, and
+keep nobody else waiting.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -17,10 +21,12 @@ from google.protobuf.message import DecodeError
 
 from kvd.chunk import ChunkMeta, Fingerprint
 from kvd.daemon import admin
+from kvd.daemon.arrival import Arrival
+from kvd.daemon.directory import Entry
 from kvd.daemon.leases import LEASE_NS_DEFAULT, ReadLease, WriteLease
 from kvd.daemon.store import ChunkStore
-from kvd.errors import InvalidRequest, KvdError, LeaseExpired, TooLarge, UnknownLease
-from kvd.keys import ChunkKey, PackedKeys, check_key, split_keys
+from kvd.errors import Corrupt, InvalidRequest, KvdError, LeaseExpired, TooLarge, UnknownLease
+from kvd.keys import ChunkKey, PackedKeys, check_key, short, split_keys
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.convert import layout_from_message
 from kvd.proto.limits import (
@@ -29,6 +35,8 @@ from kvd.proto.limits import (
     KEYS_MAX,
     MESSAGE_SIZE_MAX,
     PROTOCOL_VERSION,
+    ROOM_WAIT_NS_MAX,
+    WAIT_NS_MAX,
 )
 
 log = logging.getLogger("kvd.session")
@@ -67,14 +75,19 @@ class Session:
             "release": self._release,
             "write": self._write,
             "read": self._read,
+            "wait": self._wait,
+            "persist": lambda message: admin.persist(store, message),
+            "scrub": lambda message: admin.scrub(store, message),
             "status": lambda message: admin.status(store, facts, message),
             "list": lambda message: admin.list_chunks(store, message),
             "clear": lambda message: admin.clear(store, message),
             "hold": lambda message: admin.hold(store, message),
         }
 
-    def handle_packet(self, packet: bytes) -> bytes | None:
-        """The answer to one encoded request, or None if it wants none. Never raises."""
+    def handle_packet(self, packet: bytes) -> bytes | Awaitable[bytes | None] | None:
+        """The answer to one encoded request, at once or to be awaited, or None if it wants none.
+        Never raises.
+        """
         if len(packet) > self._message_size_max:
             message = f"a message has at most {self._message_size_max} bytes"
             return _failure(0, TooLarge.code, message).SerializeToString()
@@ -84,6 +97,52 @@ class Session:
             message = f"{len(packet)} bytes are no kvd.v1 request"
             return _failure(0, InvalidRequest.code, message).SerializeToString()
         response = self.handle(request)
+        if isinstance(response, pb.Response):
+            return self._encode(request, response)
+        return self._encode_later(request, response)
+
+    def handle(self, request: pb.Request) -> pb.Response | Awaitable[pb.Response]:
+        """The answer to one request, at once or to be awaited; a failure is an answer too, and then
+        nothing has changed.
+        """
+        verb = request.WhichOneof("verb")
+        try:
+            if verb is None:
+                raise InvalidRequest("the request has no verb that this daemon knows")
+            if not self.is_attached and verb != "attach":
+                raise InvalidRequest(f"attach comes first, found {verb}")
+            result = self._verbs[verb](getattr(request, verb))
+            if isinstance(result, Awaitable):
+                return self._finish(request, verb, result)
+            return _answer(request, verb, result)
+        except Exception as error:  # noqa: BLE001 - every failure is answered
+            return self._failed(request, verb, error)
+
+    async def _finish(
+        self, request: pb.Request, verb: str, pending: Awaitable[object]
+    ) -> pb.Response:
+        try:
+            return _answer(request, verb, await pending)
+        except Exception as error:  # noqa: BLE001 - every failure is answered
+            return self._failed(request, verb, error)
+
+    def _failed(self, request: pb.Request, verb: str | None, error: Exception) -> pb.Response:
+        if isinstance(error, KvdError):
+            self._store.counters["request_errors"] += 1
+            return _failure(request.id, error.code, str(error))
+        # The store's own promise is that a failed call changed nothing; the client must not wait
+        # for ever.
+        log.error("event=request_failed session=%d verb=%s", self.id, verb, exc_info=error)
+        self._store.counters["internal_errors"] += 1
+        message = f"{verb} failed inside the daemon, see its log"
+        return _failure(request.id, KvdError.code, message)
+
+    async def _encode_later(
+        self, request: pb.Request, pending: Awaitable[pb.Response]
+    ) -> bytes | None:
+        return self._encode(request, await pending)
+
+    def _encode(self, request: pb.Request, response: pb.Response) -> bytes | None:
         if request.id == 0 and request.WhichOneof("verb") == "release":
             return None
         answer = response.SerializeToString()
@@ -91,27 +150,6 @@ class Session:
             message = f"the answer has {len(answer)} bytes, ask for less at once"
             return _failure(request.id, TooLarge.code, message).SerializeToString()
         return answer
-
-    def handle(self, request: pb.Request) -> pb.Response:
-        """The answer to one request; a failure is an answer too, and then nothing has changed."""
-        verb = request.WhichOneof("verb")
-        try:
-            if verb is None:
-                raise InvalidRequest("the request has no verb that this daemon knows")
-            if not self.is_attached and verb != "attach":
-                raise InvalidRequest(f"attach comes first, found {verb}")
-            result: dict[str, Any] = {verb: self._verbs[verb](getattr(request, verb))}
-            return pb.Response(id=request.id, **result)
-        except KvdError as error:
-            self._store.counters["request_errors"] += 1
-            return _failure(request.id, error.code, str(error))
-        except Exception:
-            # The store's own promise is that a failed call changed nothing; the client must not
-            # wait for ever.
-            log.exception("event=request_failed session=%d verb=%s", self.id, verb)
-            self._store.counters["internal_errors"] += 1
-            message = f"{verb} failed inside the daemon, see its log"
-            return _failure(request.id, KvdError.code, message)
 
     def close(self) -> None:
         """Give back all that this session reserved or pinned. Its client has stopped using the
@@ -147,9 +185,26 @@ class Session:
     def _lookup(self, message: pb.LookupRequest) -> pb.LookupReply:
         return lookup(self._store, message)
 
-    def _reserve(self, message: pb.ReserveRequest) -> pb.ReserveReply:
+    def _reserve(self, message: pb.ReserveRequest) -> pb.ReserveReply | Awaitable[pb.ReserveReply]:
         self._facts.check_serving()
         metas = _metas_of(message)
+        lower = self._store.lower
+        if message.wait_ns and lower is not None:
+            size = self._store.missing_size(metas)
+            if not lower.has_room(size):
+                wait_ns = min(message.wait_ns, ROOM_WAIT_NS_MAX)
+                return self._reserve_later(message, metas, lower.make_room(size, wait_ns / 1e9))
+        return self._reserve_now(message, metas)
+
+    async def _reserve_later(
+        self, message: pb.ReserveRequest, metas: Sequence[ChunkMeta], room: Awaitable[None]
+    ) -> pb.ReserveReply:
+        await room
+        return self._reserve_now(message, metas)
+
+    def _reserve_now(
+        self, message: pb.ReserveRequest, metas: Sequence[ChunkMeta]
+    ) -> pb.ReserveReply:
         lease, states = self._store.reserve(
             metas,
             lease_ns=message.lease_ns or LEASE_NS_DEFAULT,
@@ -171,11 +226,33 @@ class Session:
         self.leases.discard(message.lease)
         return pb.CommitReply(count=count)
 
-    def _pin(self, message: pb.PinRequest) -> pb.PinReply:
+    def _pin(self, message: pb.PinRequest) -> pb.PinReply | Awaitable[pb.PinReply]:
         self._facts.check_serving()
         layout = Fingerprint(check_key(message.layout))
+        keys = checked_keys(message.keys)
+        lower = self._store.lower
+        if message.wait_ns and lower is not None:
+            size = self._store.absent_size(keys)
+            if not lower.has_room(size):
+                wait_ns = min(message.wait_ns, ROOM_WAIT_NS_MAX)
+                return self._pin_later(message, keys, layout, lower.make_room(size, wait_ns / 1e9))
+        return self._pin_now(message, keys, layout)
+
+    async def _pin_later(
+        self,
+        message: pb.PinRequest,
+        keys: Sequence[ChunkKey],
+        layout: Fingerprint,
+        room: Awaitable[None],
+    ) -> pb.PinReply:
+        await room
+        return self._pin_now(message, keys, layout)
+
+    def _pin_now(
+        self, message: pb.PinRequest, keys: Sequence[ChunkKey], layout: Fingerprint
+    ) -> pb.PinReply:
         lease, found = self._store.pin(
-            checked_keys(message.keys),
+            keys,
             layout,
             standalone=message.standalone,
             lease_ns=message.lease_ns or LEASE_NS_DEFAULT,
@@ -186,14 +263,54 @@ class Session:
             return reply
         self.leases.add(lease.id)
         placements = [entry.placement for entry in lease.entries]
+        extents = [placement.extent for placement in placements]
         reply.lease = lease.id
         reply.deadline_ns = lease.deadline_ns
-        reply.offsets.extend([placement.extent.offset for placement in placements])
-        reply.sizes.extend([placement.extent.size for placement in placements])
+        if any(entry.in_memory is None for entry in lease.entries):
+            extents = [self._store.extent_of(entry) for entry in lease.entries]
+            reply.ready.extend([self._store.ready_size(entry) or 0 for entry in lease.entries])
+        reply.offsets.extend([extent.offset for extent in extents])
+        reply.sizes.extend([extent.size for extent in extents])
         reply.num_tokens.extend([entry.meta.num_tokens for entry in lease.entries])
         if any(placement.checksum is not None for placement in placements):
             reply.checksums.extend([placement.checksum or 0 for placement in placements])
         return reply
+
+    def _wait(self, message: pb.WaitRequest) -> pb.WaitReply | Awaitable[pb.WaitReply]:
+        entry = self._pinned(message.lease, message.index)
+        ready = self._store.ready_size(entry)
+        if ready is None:
+            return pb.WaitReply(is_lost=True)
+        arrival = self._store.arrival(entry)
+        if arrival is None or ready >= message.size or not message.timeout_ns:
+            return pb.WaitReply(ready=ready)
+        return self._wait_later(message, arrival)
+
+    async def _wait_later(self, message: pb.WaitRequest, arrival: Arrival) -> pb.WaitReply:
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + min(message.timeout_ns, WAIT_NS_MAX) / 1e9
+        size = min(message.size, arrival.extent.size)
+        while loop.time() < give_up:
+            progress: asyncio.Future[None] = loop.create_future()
+            arrival.watch(partial(_resolve, progress))
+            # What came before the watch is not told again.
+            if arrival.ready < size:
+                await asyncio.wait([progress], timeout=give_up - loop.time())
+            ready = self._store.ready_size(self._pinned(message.lease, message.index))
+            if ready is None:
+                return pb.WaitReply(is_lost=True)
+            if ready >= size:
+                return pb.WaitReply(ready=ready)
+        return pb.WaitReply(ready=arrival.ready)
+
+    def _pinned(self, lease_id: int, index: int) -> Entry:
+        self._check_own(lease_id)
+        lease = self._store.lease(lease_id)
+        if not isinstance(lease, ReadLease):
+            raise InvalidRequest("bytes are waited for under a pin")
+        if not index < len(lease.entries):
+            raise InvalidRequest(f"the lease has {len(lease.entries)} chunks, found index {index}")
+        return lease.entries[index]
 
     def _renew(self, message: pb.RenewRequest) -> pb.RenewReply:
         self._check_own(message.lease)
@@ -226,8 +343,14 @@ class Session:
             raise InvalidRequest(
                 f"the lease has {len(lease.entries)} chunks, found index {message.index}"
             )
-        extent = lease.entries[message.index].placement.extent
+        entry = lease.entries[message.index]
+        ready = self._store.ready_size(entry)
+        if ready is None:
+            raise Corrupt(f"chunk {short(entry.meta.key)} was lost; treat it as a miss")
+        extent = self._store.extent_of(entry)
         _check_range(message.offset, message.size, extent.size)
+        if message.offset + message.size > ready:
+            raise InvalidRequest(f"only {ready} bytes of the chunk are there yet; wait for more")
         view = self._store.tier.view(extent)
         return pb.ReadReply(data=view[message.offset : message.offset + message.size].tobytes())
 
@@ -250,6 +373,16 @@ class Session:
         return lease
 
 
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _answer(request: pb.Request, verb: str, result: object) -> pb.Response:
+    named: dict[str, Any] = {verb: result}
+    return pb.Response(id=request.id, **named)
+
+
 def _failure(request_id: int, code: str, message: str) -> pb.Response:
     return pb.Response(id=request_id, error=pb.Error(code=code, message=message))
 
@@ -259,7 +392,8 @@ def lookup(store: ChunkStore, message: pb.LookupRequest) -> pb.LookupReply:
     if not message.standalone:
         packed = PackedKeys(message.keys)
         _check_count(len(packed))
-        return pb.LookupReply(count=store.lookup(packed))
+        prefetch_at_ns = time.monotonic_ns() if store.is_prefetching else None
+        return pb.LookupReply(count=store.lookup(packed, prefetch_at_ns=prefetch_at_ns))
     present = store.present(checked_keys(message.keys))
     return pb.LookupReply(count=sum(present), present=bytes(present))
 

@@ -94,6 +94,25 @@ def read_seconds(value: object) -> float:
     return seconds
 
 
+def read_count(count_min: int, count_max: int) -> Callable[[object], int]:
+    """A reader for a whole number within bounds."""
+
+    def read(value: object) -> int:
+        try:
+            if isinstance(value, bool) or not isinstance(value, (int, str)):
+                raise ValueError
+            count = int(value)
+            if not count_min <= count <= count_max:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"a whole number in {count_min}..{count_max} wanted, found {value!r}"
+            ) from None
+        return count
+
+    return read
+
+
 def read_size(size_min: int) -> Callable[[object], int]:
     """A reader for a size in bytes, with or without a unit, of at least `size_min`."""
 

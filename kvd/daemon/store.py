@@ -1,13 +1,16 @@
-"""ChunkStore: the conductor. It alone composes directory, tier and policy, and keeps what every one
-of them promises.
+"""ChunkStore: the conductor. It alone composes directory, memory and the disk below it, and keeps
+what every one of them promises.
 
     reserve ─► client writes into its extents ─► commit    nothing half-written is ever listed
        └─ release or session's end: extents freed          a late writer keeps them until then
     pin ─► client copies ─► release                        a pinned chunk is never evicted or moved
        └─ deadline + grace: the pins go                    a late reader is told
+    pin of a chunk on disk ─► it arrives, from its first   a client waits for the bytes it wants
+       byte to its last ─► in memory, or lost              what fails its checks is a miss
 
-Synchronous and single-threaded: the event loop calls it, no call waits for anything. Time comes in
-as `now_ns`. A failed call leaves everything as it was; the one exception is named at `_make_room`.
+Synchronous and single-threaded: the event loop calls it, no call waits for anything. What moves
+bytes between memory and disk, the `Lower`, tells the store what has become of them. Time comes in
+as `now_ns`. A failed call leaves everything as it was; the one exception is `Memory.make_room`.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain, count
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 from kvd.chunk import ChunkMeta, Extent, Fingerprint, Placement
+from kvd.daemon.arrival import Arrival
 from kvd.daemon.directory import Directory, Entry
 from kvd.daemon.eviction.base import EvictionPolicy
-from kvd.daemon.eviction.window import Run, cheapest_window
 from kvd.daemon.leases import GRACE_NS, ReadLease, WriteLease, check_lease_ns
+from kvd.daemon.memory import Memory
 from kvd.errors import InvalidRequest, LayoutMismatch, LeaseExpired, TooLarge, UnknownLease
 from kvd.keys import ChunkKey, PackedKeys, short
 from kvd.layout import KVLayout
@@ -31,18 +35,101 @@ from kvd.tiers.cpu import CpuTier
 # Layouts a daemon keeps in mind: every model, rank and tenant of a node, with room.
 LAYOUTS_MAX = 65536
 
+# Chunks that come from disk because a lookup found them: enough to keep the device busy until the
+# pin, few enough that lookups which no pin follows cost little.
+PREFETCHES_MAX = 32
+
 ReserveState = Literal["granted", "exists", "busy", "full"]
 
 
+class PersistCount(NamedTuple):
+    """Chunks that are durable, those that are being written, and why others cannot be."""
+
+    num_durable: int
+    num_pending: int
+    reason: str
+
+
+class ScrubCount(NamedTuple):
+    """Records and bytes that a pass has verified, those it has to, and those that were bad."""
+
+    is_running: bool = False
+    num_done: int = 0
+    num_all: int = 0
+    num_bad: int = 0
+    size_done: int = 0
+    size_all: int = 0
+
+
+class Lower(Protocol):
+    """What lies below memory, as the store sees it. What is not `async` does not wait."""
+
+    def is_owed(self, entry: Entry) -> bool:
+        """Whether a chunk without a copy on disk should have one before it leaves memory."""
+        ...
+
+    def fetch(self, arrival: Arrival) -> None:
+        """Read a chunk into its extent, then call `land` or `lose`."""
+        ...
+
+    def drop(self, entry: Entry) -> None:
+        """The entry's copy on disk is nobody's any more."""
+        ...
+
+    def wake(self, committed: Sequence[Entry] = ()) -> None:
+        """There may be something to write; these are new."""
+        ...
+
+    def has_room(self, size: int) -> bool:
+        """Whether `size` bytes of memory can be had at once without losing what is owed to disk, or
+        waiting would be of no use.
+        """
+        ...
+
+    async def make_room(self, size: int, timeout_s: float) -> None:
+        """Wait until `has_room`, or as long as `timeout_s`."""
+        ...
+
+    async def persist(self, entries: Sequence[Entry], timeout_s: float) -> PersistCount:
+        """Write chunks to disk now; what has become of them when all are durable, or the time is
+        over.
+        """
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What `kvd status` says of the tier, by the names of its message."""
+        ...
+
+    def check(self, entries: Iterable[Entry]) -> None:
+        """Assert that it knows exactly those of `entries` that are on disk. O(n), for audits."""
+        ...
+
+    def scrub(self, rate: int) -> None:
+        """Begin a pass over everything on disk, at `rate` bytes a second, unless there is one."""
+        ...
+
+    @property
+    def scrubbed(self) -> ScrubCount:
+        """How far the pass has come, or where the last one ended."""
+        ...
+
+
 class ChunkStore:
-    """lookup, reserve, commit, pin, release, evict over one tier."""
+    """lookup, reserve, commit, pin, release, evict over memory and what lies below it."""
 
     def __init__(self, tier: CpuTier, policy: EvictionPolicy) -> None:
         self.tier = tier
         self.layouts: dict[Fingerprint, KVLayout] = {}
         self.directory = Directory()
         self.counters: Counter[str] = Counter()
+        self.lower: Lower | None = None
+        # Whether a lookup lets what it found on disk begin to come.
+        self.is_prefetching = False
+        self.memory = Memory(tier, policy, self.directory, evict=self._evict, is_owed=self._is_owed)
         self._policy = policy
+        # Chunks on their way from disk, and those whose bytes are being written to it.
+        self._arriving: dict[Entry, Arrival] = {}
+        self._demoting: set[Entry] = set()
         self._leases: dict[int, ReadLease | WriteLease] = {}
         self._lease_ids = count(1)
         self._expiries: list[tuple[int, int]] = []
@@ -53,8 +140,6 @@ class ChunkStore:
         self.num_reserved = 0
         # Entries that an operator holds.
         self._held: set[Entry] = set()
-        self._pinned_size = 0
-        self._reserved_size = 0
         # One int object a size, not one a chunk: a million chunks feel it.
         self._sizes: dict[int, int] = {}
 
@@ -68,11 +153,15 @@ class ChunkStore:
         self.layouts.setdefault(fingerprint, layout)
         return fingerprint
 
-    def lookup(self, keys: Sequence[ChunkKey] | PackedKeys) -> int:
+    def lookup(
+        self, keys: Sequence[ChunkKey] | PackedKeys, *, prefetch_at_ns: int | None = None
+    ) -> int:
         """How many of the first `keys`, a chain in order, are here. Says nothing of a moment later:
-        `pin` does.
+        `pin` does. With `prefetch_at_ns`, the time, those on disk begin to come.
         """
         found = self.directory.match(keys)
+        if prefetch_at_ns is not None and self.lower is not None and found:
+            self._prefetch(keys, found, prefetch_at_ns)
         self.counters["lookups"] += 1
         self.counters["lookup_chunks"] += len(keys)
         self.counters["lookup_hits"] += found
@@ -85,6 +174,10 @@ class ChunkStore:
         self.counters["lookup_chunks"] += len(keys)
         self.counters["lookup_hits"] += sum(found)
         return found
+
+    def missing_size(self, metas: Sequence[ChunkMeta]) -> int:
+        """Bytes of those chunks that are not here. Raises as `reserve`."""
+        return sum(self._check_new(meta) for meta in metas if meta.key not in self.directory)
 
     def reserve(
         self,
@@ -113,14 +206,14 @@ class ChunkStore:
         lease = WriteLease(next(self._lease_ids), now_ns + lease_ns, is_shared=is_shared)
         family = self._family(metas)
         for entry in family:
-            self._pin(entry)
+            self.memory.pin(entry)
         try:
             for meta, size in zip(metas, sizes, strict=True):
-                is_full = bool(states) and states[-1] == "full"
+                is_full = "full" in states[-1:]
                 states.append("full" if is_full else self._reserve_one(lease, meta, size, now_ns))
         finally:
             for entry in family:
-                self._unpin(entry)
+                self.memory.unpin(entry)
         self.counters["reserve_full"] += states.count("full")
         if not lease.extents:
             return None, states
@@ -145,17 +238,32 @@ class ChunkStore:
                 f"lease {lease_id} ended before its commit; release it, then reserve again"
             )
         self._end(lease)
+        entries: list[Entry] = []
         # The tail first: what is inserted last is evicted last.
         for index in reversed(range(len(lease.metas))):
             meta, extent = lease.metas[index], lease.extents[index]
             del self._writing[meta.key]
-            self._reserved_size -= self.tier.allocated_size(extent)
+            self.memory.unreserve(extent)
+            entry = Entry(meta)
             checksum = checksums[index] if checksums else None
-            self.directory.insert(Entry(meta, Placement(extent, checksum=checksum)))
+            self.memory.place(entry, Placement(extent, checksum=checksum))
+            self.directory.insert(entry)
             self._policy.insert(meta, now_ns)
             self.counters["commit_bytes"] += extent.size
-        self.counters["commit_chunks"] += len(lease.metas)
-        return len(lease.metas)
+            entries.append(entry)
+        self.counters["commit_chunks"] += len(entries)
+        if self.lower is not None:
+            self.lower.wake(entries)
+        return len(entries)
+
+    def absent_size(self, keys: Sequence[ChunkKey]) -> int:
+        """Bytes of those of `keys` that are on disk only."""
+        found = (self.directory.get(key) for key in keys)
+        return sum(
+            entry.size
+            for entry in found
+            if entry is not None and entry.in_memory is None and entry not in self._arriving
+        )
 
     def pin(
         self,
@@ -173,33 +281,40 @@ class ChunkStore:
         is in it. Raises `LayoutMismatch` if one is of another layout: then nothing is pinned.
         """
         check_lease_ns(lease_ns)
-        entries: list[Entry] = []
-        found: list[bool] = []
-        get = self.directory.get
-        for key in keys:
-            entry = get(key)
-            found.append(entry is not None)
-            if entry is not None:
-                if entry.meta.layout != layout:
-                    raise LayoutMismatch(
-                        f"layout {short(layout)} expected, "
-                        f"chunk {short(key)} has {short(entry.meta.layout)}"
-                    )
-                entries.append(entry)
-            elif not standalone:
-                break
+        entries, found = self._find(keys, layout, standalone=standalone)
         self.counters["pin_chunks"] += len(keys)
+        if any(entry.in_memory is None for entry in entries):
+            entries, found = self._bring(entries, found, now_ns, standalone=standalone)
         self.counters["pin_hits"] += len(entries)
         if not entries:
             return None, found
         touch = self._policy.touch
         for entry in reversed(entries):
             touch(entry.meta.key, now_ns)
-            self._pin(entry)
-        self.counters["pin_bytes"] += sum(entry.placement.extent.size for entry in entries)
+            entry.uses += 1
+            entry.is_recent = True
+            self.memory.pin(entry)
+        self.counters["pin_bytes"] += sum(entry.size for entry in entries)
         lease = ReadLease(next(self._lease_ids), now_ns + lease_ns, entries=entries)
         self._open(lease)
         return lease, found
+
+    def arrival(self, entry: Entry) -> Arrival | None:
+        """The entry's way into memory while it lasts."""
+        return self._arriving.get(entry)
+
+    def ready_size(self, entry: Entry) -> int | None:
+        """How many leading bytes of a pinned chunk may be read now; None if it is lost."""
+        if entry.in_memory is not None:
+            return entry.in_memory.extent.size
+        arrival = self._arriving.get(entry)
+        return None if arrival is None else arrival.ready
+
+    def extent_of(self, entry: Entry) -> Extent:
+        """Where a pinned chunk's bytes are in memory, or will be when they are ready."""
+        if entry.in_memory is not None:
+            return entry.in_memory.extent
+        return self._arriving[entry].extent
 
     def renew(self, lease_id: int, *, lease_ns: int, now_ns: int) -> int:
         """A later deadline for a lease that is still good; the new one. Raises `UnknownLease` or
@@ -271,38 +386,132 @@ class ChunkStore:
             if entry in blocked or self.directory.get(entry.meta.key) is not entry:
                 continue
             for member in entry.descendants():
-                self._remove(member)
                 count += 1
-                size += member.placement.extent.size
+                size += member.size
+                self._remove(member)
         self.counters["clear_chunks"] += count
         return count, size
+
+    def land(self, arrival: Arrival) -> None:
+        """All bytes of a chunk from disk are in memory, verified."""
+        entry = arrival.entry
+        self._arrive(arrival)
+        if not self._is_listed(entry):
+            self.tier.free(arrival.extent)
+            return
+        assert entry.on_disk is not None
+        self.memory.place(entry, Placement(arrival.extent, checksum=entry.on_disk.checksum))
+        self.counters["promote_chunks"] += 1
+        self.counters["promote_bytes"] += arrival.extent.size
+
+    def lose(self, arrival: Arrival) -> None:
+        """The chunk could not be read right: it is gone, and a miss for those who wait for it."""
+        if self._is_listed(arrival.entry):
+            self._remove(arrival.entry)
+        self._arrive(arrival)
+        self.tier.free(arrival.extent)
+
+    def begin_demotion(self, entry: Entry) -> None:
+        """The chunk's bytes are being written to disk: they stay where they are."""
+        assert entry.in_memory is not None
+        assert entry.on_disk is None
+        self._demoting.add(entry)
+        self.memory.pin(entry)
+
+    def end_demotion(self, entry: Entry, placement: Placement | None) -> bool:
+        """They are on disk, or, with None, will not be. False if nobody wants them any more: then
+        the copy is the caller's to drop.
+        """
+        self._demoting.discard(entry)
+        is_listed = self._is_listed(entry)
+        self.memory.unpin(entry)
+        if not is_listed:
+            assert entry.in_memory is not None
+            self.tier.free(entry.in_memory.extent)
+            entry.in_memory = None
+            return False
+        if placement is not None:
+            self.memory.shelve(entry, placement)
+            entry.is_recent = False
+        return True
+
+    @property
+    def demoting_size(self) -> int:
+        """Bytes of memory that are being written to disk."""
+        return sum(e.in_memory.extent.size for e in self._demoting if e.in_memory is not None)
+
+    def is_demoting(self, entry: Entry) -> bool:
+        """Whether its bytes are on their way to disk."""
+        return entry in self._demoting
+
+    def restore(self, meta: ChunkMeta, placement: Placement) -> Entry:
+        """List a chunk, not here yet, that is on disk from before."""
+        entry = Entry(meta, on_disk=placement)
+        self.directory.insert(entry)
+        return entry
+
+    def unshelve(self, entry: Entry) -> None:
+        """Give up the copy on disk of a chunk that is not arriving; without one in memory, the
+        chunk.
+        """
+        assert entry not in self._arriving
+        if entry.in_memory is None:
+            self._remove(entry)
+            return
+        assert self.lower is not None
+        self.lower.drop(entry)
+        self.memory.unshelve(entry)
+
+    def discard(self, entry: Entry) -> None:
+        """Drop a chunk whose bytes are not what was committed, unless somebody reads it."""
+        if self._is_listed(entry) and not entry.pins:
+            self._remove(entry)
 
     def check(self) -> None:
         """Assert every invariant of the store. O(n), for audits and tests."""
         self.directory.check()
         self.tier.check()
-        extents = [entry.placement.extent for entry in self.directory]
+        orphans = [entry for entry in self._demoting if not self._is_listed(entry)]
+        present = [entry for entry in self.directory if entry.in_memory] + orphans
+        extents = [entry.in_memory.extent for entry in present if entry.in_memory]
         writing = [lease for lease in self._leases.values() if isinstance(lease, WriteLease)]
-        extents += [extent for lease in writing for extent in lease.extents]
+        filled = [extent for lease in writing for extent in lease.extents]
+        filled += [arrival.extent for arrival in self._arriving.values()]
+        extents += filled
         assert len({extent.offset for extent in extents}) == len(extents), "extents overlap"
         assert len(extents) == self.tier.num_extents, "an extent is leaked"
         assert sum(map(self.tier.allocated_size, extents)) == self.tier.used, "sizes + free != tier"
-        pins: Counter[ChunkKey] = Counter()
-        for lease in self._leases.values():
-            if isinstance(lease, ReadLease) and not lease.is_expired:
-                pins.update(entry.meta.key for entry in lease.entries)
+        assert sum(map(self.tier.allocated_size, filled)) == self.memory.reserved_size
+        self._check_pins(orphans)
+        if self.lower is not None:
+            self.lower.check(self.directory)
         for entry in self.directory:
-            assert entry.pins == pins[entry.meta.key], "pins do not match the leases"
-        assert sum(e.placement.extent.size for e in self.directory if e.pins) == self._pinned_size
-        reserved = [extent for lease in writing for extent in lease.extents]
-        assert sum(map(self.tier.allocated_size, reserved)) == self._reserved_size
+            assert entry.in_memory or entry.on_disk, "a listed chunk has no copy"
+            assert entry.in_memory is None or entry not in self._arriving
+        clean = [e.size for e in self.directory if e.in_memory and e.on_disk]
+        assert sum(clean) == self.memory.clean_size
+        ranked = {e.meta.key for e in self.directory if e.in_memory or e in self._arriving}
+        assert set(self._policy.victims()) == ranked, "the policy ranks what is in memory"
         live = {
             meta.key: lease for lease in writing if not lease.is_expired for meta in lease.metas
         }
         assert live == self._writing
         assert self.num_pinned == sum(isinstance(x, ReadLease) for x in self._leases.values())
-        assert self.num_reserved == len(reserved)
+        assert self.num_reserved == sum(len(lease.extents) for lease in writing)
         assert self._held == {entry for entry in self.directory if entry.is_held}
+
+    def _check_pins(self, orphans: Sequence[Entry]) -> None:
+        pins: Counter[Entry] = Counter()
+        for lease in self._leases.values():
+            if isinstance(lease, ReadLease) and not lease.is_expired:
+                pins.update(lease.entries)
+        pins.update(self._demoting)
+        pins.update(self._arriving.keys())
+        listed = [*self.directory, *orphans]
+        for entry in listed:
+            assert entry.pins == pins[entry], "pins do not match the leases and moves"
+        pinned = sum(e.in_memory.extent.size for e in listed if e.pins and e.in_memory)
+        assert pinned == self.memory.pinned_size
 
     def _check_new(self, meta: ChunkMeta) -> int:
         layout = self.layouts.get(meta.layout)
@@ -333,7 +542,7 @@ class ChunkStore:
         if extent is None:
             return "full"
         self._writing[meta.key] = lease
-        self._reserved_size += self.tier.allocated_size(extent)
+        self.memory.reserve(extent)
         lease.metas.append(meta)
         lease.extents.append(extent)
         return "granted"
@@ -346,54 +555,14 @@ class ChunkStore:
         return [entry for key in keys if (entry := self.directory.get(key)) is not None]
 
     def _make_room(self, size: int, now_ns: int) -> Extent | None:
-        """An extent of `size` bytes, evicting the cheapest losses until there is one, or None.
-
-        Where pinned chunks leave no run that is long enough, chunks may have been evicted for
-        nothing: at most twice `size` in the policy's order, after that only such whose place
-        completes a run.
-        """
         extent = self.tier.allocate(size)
         if extent is not None:
             return extent
         self.expire(now_ns)
-        if size > self.tier.size - self._pinned_size - self._reserved_size:
-            return None
-        evicted_size = 0
-        for key in self._policy.victims():
-            entry = self.directory.get(key)
-            assert entry is not None
-            if not entry.is_leaf:
-                # It has younger chunks behind it that need it: it is as young as they are.
-                self._policy.touch(key, now_ns)
-                continue
-            if entry.is_pinned:
-                continue
-            evicted_size += entry.placement.extent.size
-            self._evict(entry)
-            extent = self.tier.allocate(size)
-            if extent is not None or evicted_size > 2 * size:
-                break
-        return extent or self._clear_window(size)
+        return self.memory.make_room(size, now_ns, blocked=self._blocked_families)
 
-    def _clear_window(self, size: int) -> Extent | None:
-        """Evict neighbours whose places make `size` bytes in one piece; None if pins forbid it."""
-        blocked = self._pinned_families(pinned=(entry for entry in self.directory if entry.pins))
-        runs = [Run(offset, length, None) for offset, length in self.tier.free_runs()]
-        for entry in self.directory:
-            if entry not in blocked:
-                extent = entry.placement.extent
-                runs.append(Run(extent.offset, self.tier.allocated_size(extent), entry))
-        window = cheapest_window(runs, size)
-        if window is None:
-            return None
-        for label in window:
-            assert isinstance(label, Entry)
-            for member in label.descendants():
-                if self.directory.get(member.meta.key) is member:
-                    self._evict(member)
-        cleared = self.tier.allocate(size)
-        assert cleared is not None
-        return cleared
+    def _blocked_families(self) -> set[Entry]:
+        return self._pinned_families(pinned=(entry for entry in self.directory if entry.pins))
 
     def _pinned_families(self, pinned: Iterable[Entry] = ()) -> set[Entry]:
         """What is pinned, leased or held, and all that it continues."""
@@ -407,15 +576,121 @@ class ChunkStore:
         return blocked
 
     def _evict(self, entry: Entry) -> None:
+        """Take a chunk out of memory; what is nowhere else is gone."""
         self.counters["evict_chunks"] += 1
-        self.counters["evict_bytes"] += entry.placement.extent.size
+        self.counters["evict_bytes"] += entry.size
+        if entry.on_disk is not None:
+            extent = self.memory.forget(entry)
+            assert extent is not None
+            self.tier.free(extent)
+            return
+        if self._is_owed(entry):
+            self.counters["demote_missed_chunks"] += 1
         self._remove(entry)
 
+    def _is_owed(self, entry: Entry) -> bool:
+        return self.lower is not None and entry.on_disk is None and self.lower.is_owed(entry)
+
+    def _is_listed(self, entry: Entry) -> bool:
+        return self.directory.get(entry.meta.key) is entry
+
     def _remove(self, entry: Entry) -> None:
-        assert not entry.is_pinned
+        """Unlist a chunk and give its copies back; what is being moved, when the move has ended."""
         self.directory.remove(entry)
-        self._policy.remove(entry.meta.key)
-        self.tier.free(entry.placement.extent)
+        self._held.discard(entry)
+        if entry.on_disk is not None:
+            assert self.lower is not None
+            self.lower.drop(entry)
+        if entry in self._demoting:
+            self._policy.remove(entry.meta.key)
+        elif entry.in_memory is not None or entry in self._arriving:
+            extent = self.memory.forget(entry)
+            if extent is not None:
+                self.tier.free(extent)
+        entry.on_disk = None
+
+    def _find(
+        self, keys: Sequence[ChunkKey], layout: Fingerprint, *, standalone: bool
+    ) -> tuple[list[Entry], list[bool]]:
+        entries: list[Entry] = []
+        found: list[bool] = []
+        get = self.directory.get
+        for key in keys:
+            entry = get(key)
+            found.append(entry is not None)
+            if entry is not None:
+                if entry.meta.layout != layout:
+                    raise LayoutMismatch(
+                        f"layout {short(layout)} expected, "
+                        f"chunk {short(key)} has {short(entry.meta.layout)}"
+                    )
+                entries.append(entry)
+            elif not standalone:
+                break
+        return entries, found
+
+    def _bring(
+        self, entries: list[Entry], found: list[bool], now_ns: int, *, standalone: bool
+    ) -> tuple[list[Entry], list[bool]]:
+        """Let those of the found chunks that are on disk only begin to come. Where memory has no
+        room for one it counts as not found, and so do those behind it in a chain.
+        """
+        for entry in entries:
+            self.memory.pin(entry)
+        missing: set[Entry] = set()
+        try:
+            for index, entry in enumerate(entries):
+                if self._fetch(entry, now_ns):
+                    continue
+                self.counters["promote_full"] += 1
+                missing.update([entry] if standalone else entries[index:])
+                if not standalone:
+                    break
+        finally:
+            for entry in entries:
+                self.memory.unpin(entry)
+        if not missing:
+            return entries, found
+        kept = [entry for entry in entries if entry not in missing]
+        if not standalone:
+            return kept, [True] * len(kept) + [False]
+        each = iter(entries)
+        return kept, [is_here and next(each) not in missing for is_here in found]
+
+    def _fetch(self, entry: Entry, now_ns: int) -> bool:
+        """Let a chunk begin to come from disk unless it is in memory or on its way; False where
+        there is no room.
+        """
+        if entry.in_memory is not None or entry in self._arriving:
+            return True
+        assert entry.on_disk is not None
+        assert self.lower is not None
+        extent = self._make_room(entry.on_disk.extent.size, now_ns)
+        if extent is None:
+            return False
+        arrival = Arrival(entry, extent)
+        self._arriving[entry] = arrival
+        self.memory.reserve(extent)
+        self._policy.insert(entry.meta, now_ns)
+        self.memory.pin(entry)
+        self.lower.fetch(arrival)
+        return True
+
+    def _arrive(self, arrival: Arrival) -> None:
+        del self._arriving[arrival.entry]
+        self.memory.unreserve(arrival.extent)
+        self.memory.unpin(arrival.entry)
+
+    def _prefetch(self, keys: Sequence[ChunkKey] | PackedKeys, count: int, now_ns: int) -> None:
+        for index in range(count):
+            entry = self.directory.get(keys[index])
+            if entry is None or entry.in_memory is not None or entry in self._arriving:
+                continue
+            if len(self._arriving) >= PREFETCHES_MAX:
+                return
+            if entry.size > self.memory.ready_size or not self._fetch(entry, now_ns):
+                return
+            self.counters["prefetch_chunks"] += 1
 
     def _open(self, lease: ReadLease | WriteLease) -> None:
         self._leases[lease.id] = lease
@@ -447,24 +722,14 @@ class ChunkStore:
                 self._free(lease)
             return
         for entry in lease.entries:
-            self._unpin(entry)
+            self.memory.unpin(entry)
         lease.entries = []
 
     def _free(self, lease: WriteLease) -> None:
         for extent in lease.extents:
-            self._reserved_size -= self.tier.allocated_size(extent)
+            self.memory.unreserve(extent)
             self.tier.free(extent)
         lease.extents = []
-
-    def _pin(self, entry: Entry) -> None:
-        if not entry.pins:
-            self._pinned_size += entry.placement.extent.size
-        entry.pins += 1
-
-    def _unpin(self, entry: Entry) -> None:
-        entry.pins -= 1
-        if not entry.pins:
-            self._pinned_size -= entry.placement.extent.size
 
     def _lease(self, lease_id: int) -> ReadLease | WriteLease:
         lease = self._leases.get(lease_id)

@@ -19,7 +19,7 @@ BUSY: ChunkState
 FULL: ChunkState
 
 class Request(_message.Message):
-    __slots__ = ("id", "attach", "declare", "lookup", "reserve", "commit", "pin", "renew", "release", "write", "read", "status", "list", "clear", "hold")
+    __slots__ = ("id", "attach", "declare", "lookup", "reserve", "commit", "pin", "renew", "release", "write", "read", "status", "list", "clear", "hold", "wait", "persist", "scrub")
     ID_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     DECLARE_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,9 @@ class Request(_message.Message):
     LIST_FIELD_NUMBER: _ClassVar[int]
     CLEAR_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    PERSIST_FIELD_NUMBER: _ClassVar[int]
+    SCRUB_FIELD_NUMBER: _ClassVar[int]
     id: int
     attach: AttachRequest
     declare: DeclareRequest
@@ -50,10 +53,13 @@ class Request(_message.Message):
     list: ListRequest
     clear: ClearRequest
     hold: HoldRequest
-    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., declare: _Optional[_Union[DeclareRequest, _Mapping]] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., commit: _Optional[_Union[CommitRequest, _Mapping]] = ..., pin: _Optional[_Union[PinRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseRequest, _Mapping]] = ..., write: _Optional[_Union[WriteRequest, _Mapping]] = ..., read: _Optional[_Union[ReadRequest, _Mapping]] = ..., status: _Optional[_Union[StatusRequest, _Mapping]] = ..., list: _Optional[_Union[ListRequest, _Mapping]] = ..., clear: _Optional[_Union[ClearRequest, _Mapping]] = ..., hold: _Optional[_Union[HoldRequest, _Mapping]] = ...) -> None: ...
+    wait: WaitRequest
+    persist: PersistRequest
+    scrub: ScrubRequest
+    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., declare: _Optional[_Union[DeclareRequest, _Mapping]] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., reserve: _Optional[_Union[ReserveRequest, _Mapping]] = ..., commit: _Optional[_Union[CommitRequest, _Mapping]] = ..., pin: _Optional[_Union[PinRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseRequest, _Mapping]] = ..., write: _Optional[_Union[WriteRequest, _Mapping]] = ..., read: _Optional[_Union[ReadRequest, _Mapping]] = ..., status: _Optional[_Union[StatusRequest, _Mapping]] = ..., list: _Optional[_Union[ListRequest, _Mapping]] = ..., clear: _Optional[_Union[ClearRequest, _Mapping]] = ..., hold: _Optional[_Union[HoldRequest, _Mapping]] = ..., wait: _Optional[_Union[WaitRequest, _Mapping]] = ..., persist: _Optional[_Union[PersistRequest, _Mapping]] = ..., scrub: _Optional[_Union[ScrubRequest, _Mapping]] = ...) -> None: ...
 
 class Response(_message.Message):
-    __slots__ = ("id", "error", "attach", "declare", "lookup", "reserve", "commit", "pin", "renew", "release", "write", "read", "status", "list", "clear", "hold")
+    __slots__ = ("id", "error", "attach", "declare", "lookup", "reserve", "commit", "pin", "renew", "release", "write", "read", "status", "list", "clear", "hold", "wait", "persist", "scrub")
     ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +76,9 @@ class Response(_message.Message):
     LIST_FIELD_NUMBER: _ClassVar[int]
     CLEAR_FIELD_NUMBER: _ClassVar[int]
     HOLD_FIELD_NUMBER: _ClassVar[int]
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    PERSIST_FIELD_NUMBER: _ClassVar[int]
+    SCRUB_FIELD_NUMBER: _ClassVar[int]
     id: int
     error: Error
     attach: AttachReply
@@ -86,7 +95,10 @@ class Response(_message.Message):
     list: ListReply
     clear: ClearReply
     hold: HoldReply
-    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., attach: _Optional[_Union[AttachReply, _Mapping]] = ..., declare: _Optional[_Union[DeclareReply, _Mapping]] = ..., lookup: _Optional[_Union[LookupReply, _Mapping]] = ..., reserve: _Optional[_Union[ReserveReply, _Mapping]] = ..., commit: _Optional[_Union[CommitReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., renew: _Optional[_Union[RenewReply, _Mapping]] = ..., release: _Optional[_Union[ReleaseReply, _Mapping]] = ..., write: _Optional[_Union[WriteReply, _Mapping]] = ..., read: _Optional[_Union[ReadReply, _Mapping]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., list: _Optional[_Union[ListReply, _Mapping]] = ..., clear: _Optional[_Union[ClearReply, _Mapping]] = ..., hold: _Optional[_Union[HoldReply, _Mapping]] = ...) -> None: ...
+    wait: WaitReply
+    persist: PersistReply
+    scrub: ScrubReply
+    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., attach: _Optional[_Union[AttachReply, _Mapping]] = ..., declare: _Optional[_Union[DeclareReply, _Mapping]] = ..., lookup: _Optional[_Union[LookupReply, _Mapping]] = ..., reserve: _Optional[_Union[ReserveReply, _Mapping]] = ..., commit: _Optional[_Union[CommitReply, _Mapping]] = ..., pin: _Optional[_Union[PinReply, _Mapping]] = ..., renew: _Optional[_Union[RenewReply, _Mapping]] = ..., release: _Optional[_Union[ReleaseReply, _Mapping]] = ..., write: _Optional[_Union[WriteReply, _Mapping]] = ..., read: _Optional[_Union[ReadReply, _Mapping]] = ..., status: _Optional[_Union[StatusReply, _Mapping]] = ..., list: _Optional[_Union[ListReply, _Mapping]] = ..., clear: _Optional[_Union[ClearReply, _Mapping]] = ..., hold: _Optional[_Union[HoldReply, _Mapping]] = ..., wait: _Optional[_Union[WaitReply, _Mapping]] = ..., persist: _Optional[_Union[PersistReply, _Mapping]] = ..., scrub: _Optional[_Union[ScrubReply, _Mapping]] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("code", "message")
@@ -183,7 +195,7 @@ class LookupReply(_message.Message):
     def __init__(self, count: _Optional[int] = ..., present: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("layout", "keys", "parent", "standalone", "start", "num_tokens", "category", "prefill_us", "lease_ns")
+    __slots__ = ("layout", "keys", "parent", "standalone", "start", "num_tokens", "category", "prefill_us", "lease_ns", "wait_ns")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +205,7 @@ class ReserveRequest(_message.Message):
     CATEGORY_FIELD_NUMBER: _ClassVar[int]
     PREFILL_US_FIELD_NUMBER: _ClassVar[int]
     LEASE_NS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_NS_FIELD_NUMBER: _ClassVar[int]
     layout: bytes
     keys: bytes
     parent: bytes
@@ -202,7 +215,8 @@ class ReserveRequest(_message.Message):
     category: str
     prefill_us: int
     lease_ns: int
-    def __init__(self, layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., standalone: bool = ..., start: _Optional[int] = ..., num_tokens: _Optional[_Iterable[int]] = ..., category: _Optional[str] = ..., prefill_us: _Optional[int] = ..., lease_ns: _Optional[int] = ...) -> None: ...
+    wait_ns: int
+    def __init__(self, layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., standalone: bool = ..., start: _Optional[int] = ..., num_tokens: _Optional[_Iterable[int]] = ..., category: _Optional[str] = ..., prefill_us: _Optional[int] = ..., lease_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("lease", "deadline_ns", "states", "offsets", "sizes")
@@ -233,19 +247,21 @@ class CommitReply(_message.Message):
     def __init__(self, count: _Optional[int] = ...) -> None: ...
 
 class PinRequest(_message.Message):
-    __slots__ = ("keys", "layout", "standalone", "lease_ns")
+    __slots__ = ("keys", "layout", "standalone", "lease_ns", "wait_ns")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     STANDALONE_FIELD_NUMBER: _ClassVar[int]
     LEASE_NS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_NS_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     layout: bytes
     standalone: bool
     lease_ns: int
-    def __init__(self, keys: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., standalone: bool = ..., lease_ns: _Optional[int] = ...) -> None: ...
+    wait_ns: int
+    def __init__(self, keys: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., standalone: bool = ..., lease_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ...) -> None: ...
 
 class PinReply(_message.Message):
-    __slots__ = ("lease", "deadline_ns", "offsets", "sizes", "num_tokens", "checksums", "present")
+    __slots__ = ("lease", "deadline_ns", "offsets", "sizes", "num_tokens", "checksums", "present", "ready")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_NS_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
@@ -253,6 +269,7 @@ class PinReply(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
     lease: int
     deadline_ns: int
     offsets: _containers.RepeatedScalarFieldContainer[int]
@@ -260,7 +277,28 @@ class PinReply(_message.Message):
     num_tokens: _containers.RepeatedScalarFieldContainer[int]
     checksums: _containers.RepeatedScalarFieldContainer[int]
     present: bytes
-    def __init__(self, lease: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., present: _Optional[bytes] = ...) -> None: ...
+    ready: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., present: _Optional[bytes] = ..., ready: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class WaitRequest(_message.Message):
+    __slots__ = ("lease", "index", "size", "timeout_ns")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    index: int
+    size: int
+    timeout_ns: int
+    def __init__(self, lease: _Optional[int] = ..., index: _Optional[int] = ..., size: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
+
+class WaitReply(_message.Message):
+    __slots__ = ("ready", "is_lost")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    IS_LOST_FIELD_NUMBER: _ClassVar[int]
+    ready: int
+    is_lost: bool
+    def __init__(self, ready: _Optional[int] = ..., is_lost: bool = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("lease", "lease_ns")
@@ -285,6 +323,24 @@ class ReleaseRequest(_message.Message):
 class ReleaseReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class PersistRequest(_message.Message):
+    __slots__ = ("keys", "timeout_ns")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
+    keys: bytes
+    timeout_ns: int
+    def __init__(self, keys: _Optional[bytes] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
+
+class PersistReply(_message.Message):
+    __slots__ = ("num_durable", "num_pending", "reason")
+    NUM_DURABLE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PENDING_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    num_durable: int
+    num_pending: int
+    reason: str
+    def __init__(self, num_durable: _Optional[int] = ..., num_pending: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
     __slots__ = ("lease", "index", "offset", "data")
@@ -327,20 +383,62 @@ class StatusRequest(_message.Message):
     def __init__(self, audit: bool = ...) -> None: ...
 
 class TierStatus(_message.Message):
-    __slots__ = ("name", "size", "used", "largest_free", "num_extents", "pages")
+    __slots__ = ("name", "size", "used", "largest_free", "num_extents", "pages", "path", "failure", "written", "write_amplification", "written_a_day", "disk_size", "reserve", "is_direct", "key_id")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     USED_FIELD_NUMBER: _ClassVar[int]
     LARGEST_FREE_FIELD_NUMBER: _ClassVar[int]
     NUM_EXTENTS_FIELD_NUMBER: _ClassVar[int]
     PAGES_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    WRITE_AMPLIFICATION_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_A_DAY_FIELD_NUMBER: _ClassVar[int]
+    DISK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    IS_DIRECT_FIELD_NUMBER: _ClassVar[int]
+    KEY_ID_FIELD_NUMBER: _ClassVar[int]
     name: str
     size: int
     used: int
     largest_free: int
     num_extents: int
     pages: str
-    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., used: _Optional[int] = ..., largest_free: _Optional[int] = ..., num_extents: _Optional[int] = ..., pages: _Optional[str] = ...) -> None: ...
+    path: str
+    failure: str
+    written: int
+    write_amplification: float
+    written_a_day: float
+    disk_size: int
+    reserve: int
+    is_direct: bool
+    key_id: bytes
+    def __init__(self, name: _Optional[str] = ..., size: _Optional[int] = ..., used: _Optional[int] = ..., largest_free: _Optional[int] = ..., num_extents: _Optional[int] = ..., pages: _Optional[str] = ..., path: _Optional[str] = ..., failure: _Optional[str] = ..., written: _Optional[int] = ..., write_amplification: _Optional[float] = ..., written_a_day: _Optional[float] = ..., disk_size: _Optional[int] = ..., reserve: _Optional[int] = ..., is_direct: bool = ..., key_id: _Optional[bytes] = ...) -> None: ...
+
+class ScrubRequest(_message.Message):
+    __slots__ = ("start", "rate")
+    START_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    start: bool
+    rate: int
+    def __init__(self, start: bool = ..., rate: _Optional[int] = ...) -> None: ...
+
+class ScrubReply(_message.Message):
+    __slots__ = ("is_running", "num_done", "num_all", "num_bad", "size_done", "size_all")
+    IS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_DONE_FIELD_NUMBER: _ClassVar[int]
+    NUM_ALL_FIELD_NUMBER: _ClassVar[int]
+    NUM_BAD_FIELD_NUMBER: _ClassVar[int]
+    SIZE_DONE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_ALL_FIELD_NUMBER: _ClassVar[int]
+    is_running: bool
+    num_done: int
+    num_all: int
+    num_bad: int
+    size_done: int
+    size_all: int
+    def __init__(self, is_running: bool = ..., num_done: _Optional[int] = ..., num_all: _Optional[int] = ..., num_bad: _Optional[int] = ..., size_done: _Optional[int] = ..., size_all: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("version", "pid", "instance", "state", "uptime_ns", "num_chunks", "num_layouts", "num_sessions", "num_pinned", "num_reserved", "tiers", "counters")

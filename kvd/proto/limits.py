@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # A packet must fit the default send buffer of a Unix socket (212,992 bytes with its own overhead).
 MESSAGE_SIZE_MAX = 128 << 10
@@ -22,3 +22,11 @@ LIST_LIMIT_MAX = 500
 LIST_SIZE_MAX = MESSAGE_SIZE_MAX // 2
 
 CLEAR_LIMIT_MAX = 10_000
+
+# The longest that the daemon keeps one request waiting (Wait, Persist): a client that wants to wait
+# longer asks again, so that neither side takes a long wait for a lost one.
+WAIT_NS_MAX = 200_000_000
+
+# The longest that a reservation or a pin waits for room in memory, while chunks are written to
+# disk.
+ROOM_WAIT_NS_MAX = 10 * 10**9

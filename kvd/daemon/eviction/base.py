@@ -28,6 +28,12 @@ class EvictionPolicy(Protocol):
         """A chunk is gone."""
         ...
 
+    def expects_return(self, key: ChunkKey, now_ns: int) -> bool:
+        """Whether a chunk that is here will probably be asked for again: then it is worth a write
+        to disk however rarely it was asked for so far.
+        """
+        ...
+
     def victims(self) -> Iterator[ChunkKey]:
         """All chunks, cheapest loss first. The caller may touch and remove what it was given while
         it iterates.

@@ -33,6 +33,10 @@ class Lru:
     def remove(self, key: ChunkKey) -> None:
         del self._order[key]
 
+    def expects_return(self, key: ChunkKey, now_ns: int) -> bool:
+        # The order of uses says nothing of the next one.
+        return False
+
     def victims(self) -> Iterator[ChunkKey]:
         # Keys that the caller keeps stay in front: step over those, not over ones it took or
         # touched.

@@ -1,0 +1,576 @@
+"""Mover: what goes between memory and disk, and when. The `Lower` of a store.
+
+    commit ─► the coldest part of memory is written ahead ─► its memory can go at any moment
+    pin    ─► an arrival is read, stripe by stripe       ─► in memory, or lost
+    log nearly full ─► a segment is given back, what was asked for is copied on
+
+Writing ahead of the eviction is what makes eviction instant: a client that stores never waits for
+the disk unless it says so. Where the disk cannot follow, the coldest chunks are dropped, counted.
+A device that fails costs misses, never more: writes stop and are tried again after a while.
+
+Runs on the event loop; bytes move on the tier's threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Coroutine, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from kvd.chunk import Extent, Fingerprint, Placement
+from kvd.daemon.arrival import Arrival
+from kvd.daemon.directory import Entry
+from kvd.daemon.index import ChunkIndex, IndexRecord
+from kvd.daemon.labels import check_label, encode_label, tenant_of
+from kvd.daemon.shelf import Shelf
+from kvd.daemon.store import ChunkStore, PersistCount, ScrubCount
+from kvd.daemon.upkeep import Upkeep
+from kvd.errors import Corrupt, TierFailed
+from kvd.keys import short
+from kvd.proto.convert import layout_to_message
+from kvd.tiers.nvme import NvmeTier
+from kvd.tiers.segment import RecordHeader, payload_size_max, record_size
+
+log = logging.getLogger("kvd.nvme")
+
+# The coldest part of memory that is kept written, so that it can be evicted without a wait.
+WRITTEN_AHEAD_FRACTION = 0.25
+
+# Chunks looked at in one search for what to write.
+SEARCH_MAX = 4096
+
+# Writes under way: twice the tier's threads, so that none of them waits for the event loop.
+WRITES_MAX = 8
+
+# Of memory, at most about this much is being written at a time.
+WRITING_FRACTION_MAX = 0.25
+
+# After a failure of the device, writes rest; each further failure doubles the rest.
+REST_S_MIN = 1.0
+REST_S_MAX = 60.0
+
+# A tenant at its quota is asked again after this long.
+QUOTA_REST_S = 1.0
+
+# An index that has failed is begun anew after this long.
+INDEX_REST_S = 5.0
+
+# The index is committed at most so often, unless somebody waits for it.
+COMMIT_EVERY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoverOptions:
+    """What an operator chooses. `quota` is in bytes a tenant, 0 for none; a chunk is written when
+    it was asked for `admit_hits` times, its store being the first.
+    """
+
+    write: Literal["back", "through"] = "back"
+    admit_hits: int = 1
+    quota: int = 0
+    scrub_rate: int = 0
+
+
+class Mover:
+    """Moves chunks of `store` to and from `tier`, and keeps `index` in step."""
+
+    def __init__(
+        self, store: ChunkStore, tier: NvmeTier, index: ChunkIndex, options: MoverOptions
+    ) -> None:
+        self.tier = tier
+        self.index = index
+        self.failure = ""
+        self.shelf = Shelf(tier.log.segment_size, quota=options.quota)
+        self.demoted_bytes = 0
+        self.upkeep = Upkeep(self, store, tier, scrub_rate=options.scrub_rate)
+        self._store = store
+        self._log = tier.log
+        self._options = options
+        self._loop = asyncio.get_running_loop()
+        self._tenants: dict[Fingerprint, bytes] = {}
+        self._known_layouts: set[Fingerprint] = set()
+        # To be written at once, whatever admission says; and candidates of the last search.
+        self._urgent: dict[Entry, None] = {}
+        self._cold: deque[Entry] = deque()
+        self._refusal = ""
+        self._rest_s = 0.0
+        self._rest_until = 0.0
+        # Tenants whose quota is taken by chunks that are in memory as well: they wait a little.
+        self._full_until: defaultdict[bytes, float] = defaultdict(float)
+        self._wakeup = asyncio.Event()
+        self._progress = asyncio.Event()
+        self._to_commit = asyncio.Event()
+        self._writing: set[asyncio.Task[None]] = set()
+        self._reading: dict[int, set[asyncio.Task[None]]] = {}
+        # Copies that are being destroyed: their extents are not to be freed a second time.
+        self._killed: set[Entry] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._started = self._loop.time()
+
+    def start(self) -> None:
+        """Begin to write and to watch."""
+        forevers = (self._write_forever(), self._commit_forever(), self.upkeep.watch_forever())
+        for forever in forevers:
+            self._spawn(forever)
+        self.wake()
+
+    async def close(self, *, flush_s: float) -> None:
+        """Write what is owed for at most `flush_s`, then let everything go."""
+        if flush_s > 0 and not self.failure:
+            give_up = self._loop.time() + flush_s
+            owed = [entry for entry in self._store.directory if self.is_owed(entry)]
+            found = await self.persist(owed, flush_s)
+            log.info(
+                "event=flushed chunks=%d left=%d seconds=%.1f",
+                found.num_durable,
+                found.num_pending,
+                flush_s - (give_up - self._loop.time()),
+            )
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._writing, *self._readers(), return_exceptions=True)
+        if self.index.failure and flush_s > 0:
+            # What it has missed would be on disk, and found by nobody.
+            await self.rebuild_index()
+        await self.index.close()
+        self.tier.close()
+
+    def adopt(self, entry: Entry, tenant: bytes) -> None:
+        """A restored chunk has its copy on disk."""
+        self._tenants[entry.meta.layout] = tenant
+        self.shelf.add(entry, tenant)
+
+    # The role that the store sees.
+
+    def is_owed(self, entry: Entry) -> bool:
+        if entry.on_disk is not None or entry.in_memory is None or self._is_resting:
+            return False
+        if entry.size > payload_size_max(self._log.segment_size):
+            return False
+        if self._options.quota and self._loop.time() < self._full_until[self.tenant_of(entry)]:
+            return False
+        return entry.uses >= self._options.admit_hits or self._store.memory.policy.expects_return(
+            entry.meta.key, time.monotonic_ns()
+        )
+
+    def fetch(self, arrival: Arrival) -> None:
+        assert arrival.entry.on_disk is not None
+        extent = arrival.entry.on_disk.extent
+        slot = extent.offset // self._log.segment_size
+        task = self._loop.create_task(self._read(arrival, extent))
+        self._reading.setdefault(slot, set()).add(task)
+        task.add_done_callback(partial(self._read_ended, slot))
+
+    def drop(self, entry: Entry) -> None:
+        assert entry.on_disk is not None
+        extent = entry.on_disk.extent
+        self.shelf.remove(entry, self.tenant_of(entry))
+        if entry not in self._killed:
+            self._log.free(extent)
+        self.index.delete(entry.meta.key, extent.offset)
+        self._to_commit.set()
+
+    def wake(self, committed: Sequence[Entry] = ()) -> None:
+        if self._options.write == "through":
+            self._urgent.update((entry, None) for entry in committed if self.is_owed(entry))
+        self._wakeup.set()
+
+    def has_room(self, size: int) -> bool:
+        size = min(size, self._store.tier.size)
+        return size <= self._store.memory.ready_size or self._is_resting
+
+    async def make_room(self, size: int, timeout_s: float) -> None:
+        give_up = self._loop.time() + timeout_s
+        while not self.has_room(size) and self._loop.time() < give_up:
+            if not self._queue_coldest(size) and not self._writing:
+                return
+            await self._next_progress(give_up)
+
+    async def persist(self, entries: Sequence[Entry], timeout_s: float) -> PersistCount:
+        give_up = self._loop.time() + timeout_s
+        self._refusal = ""
+        wanted = [entry for entry in entries if entry.on_disk is None]
+        self._urgent.update((entry, None) for entry in wanted if self._can_be_written(entry))
+        self.wake()
+        while self._pending(wanted) and self._loop.time() < give_up and not self._is_resting:
+            await self._next_progress(give_up)
+        num_pending = 0 if self._is_resting else len(self._pending(wanted))
+        if self.index.failure:
+            # It may have failed while there was nothing to commit, and nobody has noticed.
+            self._to_commit.set()
+        try:
+            async with asyncio.timeout_at(max(give_up, self._loop.time() + 0.01)):
+                await self.index.commit()
+        except TimeoutError:
+            return PersistCount(0, len(entries), "")
+        except TierFailed as error:
+            return PersistCount(0, 0, str(error))
+        num_durable = sum(entry.on_disk is not None for entry in entries)
+        reason = ""
+        if num_durable + num_pending < len(entries):
+            reason = self.failure or self._refusal or "chunks left before they were written"
+        return PersistCount(num_durable, num_pending, reason)
+
+    def facts(self) -> dict[str, Any]:
+        elapsed_s = max(self._loop.time() - self._started, 1.0)
+        demoted = self.demoted_bytes
+        return {
+            "name": self._log.name,
+            "size": self._log.size,
+            "used": self._log.used,
+            "largest_free": self._log.room,
+            "num_extents": self._log.num_extents,
+            "path": str(self._log.path),
+            "failure": self.failure,
+            "written": self._log.device_bytes,
+            "write_amplification": self._log.device_bytes / demoted if demoted else 1.0,
+            "written_a_day": self._log.device_bytes / elapsed_s * 86400,
+            "disk_size": self._log.disk_size,
+            "reserve": self._log.reserve,
+            "is_direct": self._log.is_direct,
+        }
+
+    def check(self, entries: Iterable[Entry]) -> None:
+        self.shelf.check(entries)
+        self._log.check()
+
+    def scrub(self, rate: int) -> None:
+        if not self.scrubbed.is_running:
+            self.upkeep.scrubbed = ScrubCount(is_running=True)
+            self._spawn(self.upkeep.scrub(rate or self._options.scrub_rate))
+
+    @property
+    def scrubbed(self) -> ScrubCount:
+        return self.upkeep.scrubbed
+
+    # Writing.
+
+    async def _write_forever(self) -> None:
+        while True:
+            await self._wakeup.wait()
+            self._wakeup.clear()
+            if self._is_resting:
+                continue
+            while self._may_write:
+                entry = self._next_owed()
+                if entry is None:
+                    break
+                self._store.begin_demotion(entry)
+                task = self._loop.create_task(self._demote(entry))
+                self._writing.add(task)
+                task.add_done_callback(self._write_ended)
+
+    @property
+    def _is_resting(self) -> bool:
+        return self._loop.time() < self._rest_until
+
+    @property
+    def _may_write(self) -> bool:
+        if self._rest_s:
+            # One is enough to find out whether the device works again.
+            return not self._writing
+        if self.upkeep.is_short:
+            return False
+        # What is being written cannot be evicted: most of memory must stay of use.
+        size_max = self._store.tier.size * WRITING_FRACTION_MAX
+        return len(self._writing) < WRITES_MAX and self._store.demoting_size < size_max
+
+    def _next_owed(self) -> Entry | None:
+        while self._urgent:
+            entry = next(iter(self._urgent))
+            del self._urgent[entry]
+            if self._can_be_written(entry):
+                return entry
+        if not self._cold:
+            # Of the smaller one: what is written ahead must not push itself out of the log.
+            size = min(self._store.tier.size, self._log.size)
+            self._queue_coldest(int(size * WRITTEN_AHEAD_FRACTION))
+        while self._cold:
+            entry = self._cold.popleft()
+            if self._can_be_written(entry) and self.is_owed(entry):
+                return entry
+        return None
+
+    def _queue_coldest(self, size: int) -> bool:
+        """Look for what to write, so that `size` bytes can leave memory; whether there is any."""
+        if not self._cold:
+            self._cold.extend(
+                entry
+                for entry in self._store.memory.owed(size, SEARCH_MAX)
+                if not self._store.is_demoting(entry)
+            )
+            if self._cold:
+                self._wakeup.set()
+        return bool(self._cold)
+
+    def _can_be_written(self, entry: Entry) -> bool:
+        return (
+            entry.in_memory is not None
+            and entry.on_disk is None
+            and not self._store.is_demoting(entry)
+            and self._store.directory.get(entry.meta.key) is entry
+            and entry.size <= payload_size_max(self._log.segment_size)
+        )
+
+    def _write_ended(self, task: asyncio.Task[None]) -> None:
+        self._writing.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("event=demotion_failed", exc_info=task.exception())
+        self._wakeup.set()
+        self._tell_progress()
+
+    async def _demote(self, entry: Entry) -> None:
+        extent: Extent | None = None
+        is_damaged = False
+        try:
+            if self._keep_quota(entry):
+                with self.shelf.expecting(self.tenant_of(entry), record_size(entry.size)):
+                    extent = await self._append(entry)
+                self._succeeded()
+        except TierFailed as error:
+            self.failed(error)
+        except Corrupt:
+            is_damaged = True
+        except Exception as error:
+            # A bug, not the device: the same rest keeps it from being tried without end.
+            log.exception("event=demotion_failed chunk=%s", short(entry.meta.key))
+            self.failed(TierFailed(f"a chunk could not be written: {error!r}"))
+        finally:
+            self._end_demotion(entry, extent)
+        if is_damaged:
+            # Its bytes are not those that were committed, whoever changed them.
+            log.error("event=damaged_in_memory chunk=%s", short(entry.meta.key))
+            self._store.counters["damaged_chunks"] += 1
+            self._store.discard(entry)
+
+    def _keep_quota(self, entry: Entry) -> bool:
+        """Drop what a tenant's new chunk has to push out; False if that is not enough."""
+        tenant = self.tenant_of(entry)
+        victims = self.shelf.excess(tenant, record_size(entry.size))
+        if victims is None:
+            self._refusal = "the tenant's quota is full"
+            self._full_until[tenant] = self._loop.time() + QUOTA_REST_S
+            self._loop.call_later(QUOTA_REST_S, self._wakeup.set)
+            return False
+        for victim in victims:
+            if self._store.arrival(victim) is None:
+                self._store.counters["nvme_quota_chunks"] += 1
+                self._store.unshelve(victim)
+        return True
+
+    def _end_demotion(self, entry: Entry, extent: Extent | None) -> None:
+        placement = None
+        if extent is not None:
+            assert entry.in_memory is not None
+            placement = Placement(extent, checksum=entry.in_memory.checksum)
+        is_wanted = self._store.end_demotion(entry, placement)
+        if placement is None or extent is None:
+            return
+        if not is_wanted:
+            self._log.free(extent)
+            return
+        self._store.counters["demote_chunks"] += 1
+        self._store.counters["demote_bytes"] += extent.size
+        self.demoted_bytes += extent.size
+        self.shelf.add(entry, self.tenant_of(entry))
+        self.remember(entry)
+
+    async def _append(self, entry: Entry) -> Extent | None:
+        assert entry.in_memory is not None
+        label = encode_label(entry.meta, self.tenant_of(entry))
+        payload = self._store.tier.view(entry.in_memory.extent)
+        checksum = entry.in_memory.checksum
+        while True:
+            extent = await self.tier.append(label, payload, payload_checksum=checksum)
+            if extent is not None:
+                if self.upkeep.is_due:
+                    self._spawn(self.upkeep.reclaim_ahead())
+                return extent
+            if not await self.upkeep.reclaim(self._log.room + 1):
+                self._refusal = "the tier is full, and nothing in it can be given back"
+                return None
+
+    def remember(self, entry: Entry) -> None:
+        """Queue the entry's copy for the index."""
+        assert entry.on_disk is not None
+        layout = entry.meta.layout
+        if layout not in self._known_layouts and layout in self._store.layouts:
+            self._known_layouts.add(layout)
+            message = layout_to_message(self._store.layouts[layout])
+            self.index.put_layout(layout, message.SerializeToString())
+        self.index.put(self._record(entry))
+        self._to_commit.set()
+
+    async def _commit_forever(self) -> None:
+        while True:
+            await self._to_commit.wait()
+            await asyncio.sleep(COMMIT_EVERY_S)
+            self._to_commit.clear()
+            if self.index.failure:
+                await self.rebuild_index()
+                if self.index.failure:
+                    await asyncio.sleep(INDEX_REST_S)
+                    self._to_commit.set()
+                continue
+            with suppress(TierFailed):
+                await self.index.commit()
+            if self.index.failure:
+                log.error("event=index_failed reason=%r", self.index.failure)
+                self._store.counters["nvme_index_errors"] += 1
+                await asyncio.sleep(INDEX_REST_S)
+                self._to_commit.set()
+
+    async def rebuild_index(self) -> None:
+        """Write the index anew, out of what is known."""
+        records = [self._record(entry) for entry in self._store.directory if entry.on_disk]
+        layouts = {
+            bytes(fingerprint): layout_to_message(layout).SerializeToString()
+            for fingerprint, layout in self._store.layouts.items()
+        }
+        try:
+            await self.index.reset(records, layouts)
+            log.info("event=index_rebuilt records=%d", len(records))
+        except TierFailed as error:
+            log.error("event=index_rebuild_failed reason=%r", str(error))
+
+    # Failures.
+
+    def failed(self, error: TierFailed) -> None:
+        self._store.counters["nvme_write_errors"] += 1
+        if not self.failure:
+            log.error("event=nvme_failing reason=%r", str(error))
+        self.failure = str(error)
+        self._rest_s = min(max(2 * self._rest_s, REST_S_MIN), REST_S_MAX)
+        self._rest_until = self._loop.time() + self._rest_s
+        self._urgent.clear()
+        self._loop.call_at(self._rest_until, self._wakeup.set)
+
+    def _succeeded(self) -> None:
+        if self._rest_s:
+            log.info("event=nvme_works_again")
+        self.failure = ""
+        self._rest_s = 0.0
+
+    # Reading.
+
+    async def _read(self, arrival: Arrival, extent: Extent) -> None:
+        entry = arrival.entry
+        try:
+            await self._read_into(arrival, extent)
+        except TierFailed as error:
+            log.error("event=read_failed chunk=%s reason=%r", short(entry.meta.key), str(error))
+            self._store.counters["nvme_read_errors"] += 1
+            self._store.lose(arrival)
+        except Corrupt as error:
+            self.quarantine(entry, extent, str(error), arrival)
+        except BaseException:
+            self._store.lose(arrival)
+            raise
+        else:
+            self._store.land(arrival)
+        finally:
+            arrival.notify()
+            self._tell_progress()
+
+    async def _read_into(self, arrival: Arrival, extent: Extent) -> None:
+        out = self._store.tier.view(arrival.extent)
+        tell = partial(self._loop.call_soon_threadsafe, arrival.notify)
+
+        def progress(ready: int) -> None:
+            arrival.ready = ready
+            if arrival.is_awaited:
+                tell()
+
+        def check(header: RecordHeader) -> None:
+            check_label(arrival.entry.meta, header.label)
+
+        await self.tier.read_stream(extent, out, check=check, progress=progress)
+
+    def quarantine(
+        self, entry: Entry, extent: Extent, reason: str, arrival: Arrival | None = None
+    ) -> None:
+        """A record is not what was stored: nobody gets it, and no later scan meets it again."""
+        log.error(
+            "event=quarantined chunk=%s offset=%d reason=%r",
+            short(entry.meta.key),
+            extent.offset,
+            reason,
+        )
+        self._store.counters["quarantine_chunks"] += 1
+        is_current = entry.on_disk is not None and entry.on_disk.extent == extent
+        if is_current:
+            self._killed.add(entry)
+        if arrival is not None:
+            self._store.lose(arrival)
+        elif is_current:
+            self._store.unshelve(entry)
+        if is_current:
+            self._killed.discard(entry)
+            self._spawn(self.tier.kill(extent))
+
+    def _read_ended(self, slot: int, task: asyncio.Task[None]) -> None:
+        self._reading[slot].discard(task)
+        if not self._reading[slot]:
+            del self._reading[slot]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("event=promotion_failed", exc_info=task.exception())
+
+    def _readers(self) -> list[asyncio.Task[None]]:
+        return [task for tasks in self._reading.values() for task in tasks]
+
+    async def reads_end(self, slot: int) -> None:
+        """Wait until nobody reads the segment."""
+        if tasks := self._reading.get(slot):
+            await asyncio.wait(tasks)
+
+    # Small things.
+
+    def _record(self, entry: Entry) -> IndexRecord:
+        assert entry.on_disk is not None
+        extent = entry.on_disk.extent
+        return IndexRecord(
+            key=entry.meta.key,
+            offset=extent.offset,
+            size=extent.size,
+            life=self._log.life(extent),
+            checksum=entry.on_disk.checksum or 0,
+            codec=entry.on_disk.codec,
+            label=encode_label(entry.meta, self.tenant_of(entry)),
+        )
+
+    def tenant_of(self, entry: Entry) -> bytes:
+        layout = entry.meta.layout
+        tenant = self._tenants.get(layout)
+        if tenant is None:
+            tenant = self._tenants[layout] = tenant_of(self._store.layouts[layout].salt)
+        return tenant
+
+    def _pending(self, wanted: Iterable[Entry]) -> list[Entry]:
+        return [e for e in wanted if e in self._urgent or self._store.is_demoting(e)]
+
+    async def _next_progress(self, give_up: float) -> None:
+        self._progress.clear()
+        try:
+            async with asyncio.timeout_at(give_up):
+                await self._progress.wait()
+        except TimeoutError:
+            return
+
+    def _tell_progress(self) -> None:
+        self._progress.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("event=task_failed", exc_info=task.exception())

@@ -1,0 +1,152 @@
+"""Reopen: the tier on disk at a daemon's start, with all that it still holds.
+
+    lock the folder ─► the index says what is there      seconds for a million chunks
+                   └─► or, if it is doubtful, every      as fast as headers can be read
+                       record's header does
+
+What the index names is believed only as far as the segment's life; each record is verified when it
+is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from kvd.chunk import Extent, Fingerprint, Placement
+from kvd.daemon.config import Config
+from kvd.daemon.index import ChunkIndex, IndexRecord
+from kvd.daemon.labels import decode_label
+from kvd.daemon.mover import Mover, MoverOptions
+from kvd.daemon.store import ChunkStore
+from kvd.errors import Corrupt, KvdError
+from kvd.keys import ChunkKey
+from kvd.proto import kvd_pb2 as pb
+from kvd.proto.convert import layout_from_message
+from kvd.tiers.nvme import NvmeTier
+from kvd.tiers.segment import SEGMENT_SIZE_DEFAULT
+from kvd.tiers.segment_log import NAME, SegmentLog
+
+log = logging.getLogger("kvd.nvme")
+
+# A log has at least this many segments, so that giving one back costs little of what is kept.
+SEGMENTS_MIN = 16
+SEGMENT_SIZE_MIN = 256 << 10
+
+# Bytes of segments whose headers have been read, and of all.
+Progress = Callable[[int, int], None]
+
+
+async def reopen(config: Config, store: ChunkStore, progress: Progress | None = None) -> Mover:
+    """Open the nvme tier of `config` and list in `store` what it holds; not started yet.
+
+    Raises `ConfigError` where the folder cannot be used: taken, of another format, encrypted with
+    another key.
+    """
+    path = Path(config.nvme_path)
+    segment_log = await asyncio.to_thread(_open_log, config, path)
+    try:
+        started = time.monotonic()
+        index, found = await ChunkIndex.open(path, segment_log.log_id)
+        options = MoverOptions(
+            write=config.nvme_write,
+            admit_hits=config.nvme_admit_hits,
+            quota=config.nvme_quota,
+            scrub_rate=config.nvme_scrub_rate,
+        )
+        tier = NvmeTier(segment_log)
+    except BaseException:
+        segment_log.close()
+        raise
+    mover = Mover(store, tier, index, options)
+    store.lower = mover
+    store.is_prefetching = config.nvme_prefetch
+    _declare(store, found.layouts)
+    records: Iterable[IndexRecord] = found.records
+    if found.reason:
+        log.warning("event=index_rebuilding reason=%r", found.reason)
+        records = await asyncio.to_thread(_scan, segment_log, progress)
+    count = _restore(store, mover, records)
+    if found.reason:
+        await mover.rebuild_index()
+    log.info(
+        "event=nvme_opened path=%s chunks=%d direct=%s seconds=%.2f",
+        path,
+        count,
+        segment_log.is_direct,
+        time.monotonic() - started,
+    )
+    return mover
+
+
+def segment_size_for(size: int) -> int:
+    """The size of segments of a new log that may have `size` bytes: a power of two."""
+    segment_size = SEGMENT_SIZE_DEFAULT
+    while segment_size > SEGMENT_SIZE_MIN and segment_size * SEGMENTS_MIN > size:
+        segment_size //= 2
+    return segment_size
+
+
+def _open_log(config: Config, path: Path) -> SegmentLog:
+    return SegmentLog(
+        path,
+        config.nvme_size,
+        reserve=config.nvme_reserve,
+        segment_size=segment_size_for(config.nvme_size),
+    )
+
+
+def _declare(store: ChunkStore, layouts: dict[bytes, bytes]) -> None:
+    for fingerprint, encoded in layouts.items():
+        try:
+            layout = layout_from_message(pb.Layout.FromString(encoded))
+        except (KvdError, ValueError):
+            continue
+        if layout.fingerprint == fingerprint:
+            store.declare(layout)
+
+
+def _scan(segment_log: SegmentLog, progress: Progress | None) -> list[IndexRecord]:
+    """The newest record of each chunk, out of the records themselves."""
+    newest: dict[ChunkKey, tuple[int, IndexRecord]] = {}
+    for extent, header in segment_log.scan(progress):
+        try:
+            meta, _ = decode_label(header.label)
+        except Corrupt:
+            continue
+        known = newest.get(meta.key)
+        if known is None or known[0] < header.sequence:
+            record = IndexRecord(
+                key=meta.key,
+                offset=extent.offset,
+                size=extent.size,
+                life=header.life,
+                checksum=header.payload_checksum,
+                codec=header.codec,
+                label=header.label,
+            )
+            newest[meta.key] = (header.sequence, record)
+    return [record for _, record in newest.values()]
+
+
+def _restore(store: ChunkStore, mover: Mover, records: Iterable[IndexRecord]) -> int:
+    count = 0
+    for record in records:
+        extent = Extent(NAME, record.offset, record.size)
+        try:
+            meta, tenant = decode_label(record.label)
+        except Corrupt:
+            continue
+        placement = Placement(extent, record.codec, checksum=record.checksum or None)
+        if meta.key != record.key or meta.key in store.directory:
+            continue
+        layout = store.layouts.get(Fingerprint(meta.layout))
+        if layout is not None and layout.size(meta.num_tokens) != record.size:
+            continue
+        if mover.tier.log.adopt(extent, life=record.life):
+            mover.adopt(store.restore(meta, placement), tenant)
+            count += 1
+    return count

@@ -1,0 +1,222 @@
+"""Upkeep: the tier on disk stays within its bounds and its records stay good.
+
+    nearly full       a segment is given back; what was asked for since it was written is copied on
+    disk nearly full  segments are deleted until the reserve is free again, whoever filled it
+    day after day     a pass reads every record; one that is bad is destroyed before it is needed
+
+Runs on the event loop, beside the `Mover` that it serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from kvd.chunk import Placement
+from kvd.daemon.directory import Entry
+from kvd.daemon.labels import check_label
+from kvd.daemon.shelf import (
+    COPY_FRACTION,
+    COPY_FRACTION_OF_ONE,
+    choose_segment,
+    worth_a_copy,
+)
+from kvd.daemon.store import ChunkStore, ScrubCount
+from kvd.errors import Corrupt, InvalidRequest, TierFailed
+from kvd.tiers.aligned import aligned_bytes
+from kvd.tiers.nvme import NvmeTier
+from kvd.tiers.segment import record_size
+
+if TYPE_CHECKING:
+    from kvd.daemon.mover import Mover
+
+log = logging.getLogger("kvd.nvme")
+
+# How often the reserve and a due pass are looked at.
+WATCH_EVERY_S = 5.0
+
+# The first pass leaves a new daemon's engines alone.
+SCRUB_FIRST_S = 3600.0
+
+# From the beginning of one pass to that of the next.
+SCRUB_EVERY_S = 86400.0
+
+
+class Upkeep:
+    """Room, reserve and scrubbing of `tier`. `scrub_rate` is in bytes a second, 0 for no passes of
+    its own.
+    """
+
+    def __init__(self, mover: Mover, store: ChunkStore, tier: NvmeTier, *, scrub_rate: int) -> None:
+        self.scrubbed = ScrubCount()
+        self._mover = mover
+        self._store = store
+        self._tier = tier
+        self._log = tier.log
+        self._scrub_rate = scrub_rate
+        self._reclaiming = asyncio.Lock()
+        # Bytes that may be copied on.
+        self._copy_size_max = int(self._log.segment_size * COPY_FRACTION_OF_ONE)
+        self._copy_size = self._copy_size_max
+
+    @property
+    def is_due(self) -> bool:
+        """Whether segments should be given back before the log is full: what is copied on then has
+        a place.
+        """
+        return self._log.room < self._room_wanted and not self._reclaiming.locked()
+
+    @property
+    def is_short(self) -> bool:
+        """Whether new writes should wait: the room that is left is for what is copied on."""
+        return self._reclaiming.locked() and self._log.room < self._copy_size_max
+
+    @property
+    def _room_wanted(self) -> int:
+        # Half for what is copied on, half for what is written in the meantime.
+        return self._log.segment_size
+
+    async def reclaim_ahead(self) -> None:
+        """Give segments back until there is room for the next ones."""
+        await self.reclaim(self._room_wanted)
+
+    async def reclaim(self, room: int) -> bool:
+        """Give segments back until there is `room`; False if there is none left to give."""
+        try:
+            async with self._reclaiming:
+                while self._log.room < room:
+                    if not await self._reclaim_one():
+                        return False
+                return True
+        finally:
+            self._mover.wake()
+
+    async def _reclaim_one(self) -> bool:
+        info = choose_segment(self._log.segments())
+        if info is None:
+            return False
+        credit = int(self._log.segment_size * COPY_FRACTION)
+        self._copy_size = min(self._copy_size + credit, self._copy_size_max)
+        copied = worth_a_copy(self._mover.shelf.on(info.slot), self._copy_size)
+        for entry in copied:
+            await self._copy_on(entry)
+        if copied:
+            # The segment's next life ends what the index still says of them.
+            with suppress(TierFailed):
+                await self._mover.index.commit()
+        while entries := self._mover.shelf.on(info.slot):
+            for entry in entries:
+                if self._store.arrival(entry) is None:
+                    self._store.counters["nvme_evict_chunks"] += entry.in_memory is None
+                    self._store.unshelve(entry)
+            await self._mover.reads_end(info.slot)
+        await self._mover.reads_end(info.slot)
+        try:
+            await self._tier.reclaim(info.slot)
+        except InvalidRequest:
+            # A record of it was written a moment ago, and is not on the shelf yet.
+            await asyncio.sleep(0.01)
+        except TierFailed as error:
+            self._mover.failed(error)
+            return False
+        return True
+
+    async def _copy_on(self, entry: Entry) -> None:
+        """Write a chunk's copy once more, at the log's end."""
+        placement = entry.on_disk
+        if placement is None or self._log.room < record_size(placement.extent.size):
+            return
+        out = aligned_bytes(placement.extent.size)
+        try:
+            header = await self._tier.read(placement.extent, out)
+            check_label(entry.meta, header.label)
+            extent = await self._tier.append(header.label, out, codec=header.codec)
+        except Corrupt as error:
+            if entry.on_disk is placement and self._store.arrival(entry) is None:
+                self._mover.quarantine(entry, placement.extent, str(error))
+            return
+        except TierFailed as error:
+            self._mover.failed(error)
+            return
+        if extent is None:
+            return
+        if entry.on_disk is not placement:
+            # Dropped in the meantime.
+            self._log.free(extent)
+            return
+        self._copy_size = max(self._copy_size - record_size(extent.size), 0)
+        self._store.counters["nvme_copy_chunks"] += 1
+        self._store.counters["nvme_copy_bytes"] += extent.size
+        tenant = self._mover.tenant_of(entry)
+        self._mover.shelf.remove(entry, tenant)
+        self._log.free(placement.extent)
+        entry.on_disk = Placement(extent, placement.codec, placement.is_exact, placement.checksum)
+        entry.is_recent = False
+        self._mover.shelf.add(entry, tenant)
+        self._mover.remember(entry)
+
+    async def watch_forever(self) -> None:
+        """Keep the reserve, and begin a pass when one is due."""
+        due_s = time.monotonic() + SCRUB_FIRST_S
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            if self._scrub_rate and time.monotonic() > due_s:
+                due_s += SCRUB_EVERY_S
+                self._mover.scrub(self._scrub_rate)
+            try:
+                await self._keep_reserve()
+            except TierFailed as error:
+                self._mover.failed(error)
+
+    async def _keep_reserve(self) -> None:
+        """Others have filled the file system: give back what is theirs by the operator's word."""
+        while self._log.lacks_reserve:
+            if not await asyncio.to_thread(self._log.trim):
+                async with self._reclaiming:
+                    is_given = await self._reclaim_one()
+                self._mover.wake()
+                if not is_given:
+                    return
+
+    async def scrub(self, rate: int) -> None:
+        """Verify every record, at `rate` bytes a second (0 for no bound)."""
+        everything = [
+            entry for slot in self._mover.shelf.slots() for entry in self._mover.shelf.on(slot)
+        ]
+        size_all = sum(entry.on_disk.extent.size for entry in everything if entry.on_disk)
+        done = size = bad = 0
+        started = time.monotonic()
+        try:
+            for entry in everything:
+                placement = entry.on_disk
+                if placement is not None:
+                    bad += not await self._scrub_one(entry, placement)
+                    size += placement.extent.size
+                done += 1
+                self.scrubbed = ScrubCount(True, done, len(everything), bad, size, size_all)
+                if rate:
+                    await asyncio.sleep(max(started + size / rate - time.monotonic(), 0))
+        finally:
+            self.scrubbed = self.scrubbed._replace(is_running=False)
+        log.info("event=scrubbed chunks=%d size=%d bad=%d", done, size, bad)
+
+    async def _scrub_one(self, entry: Entry, placement: Placement) -> bool:
+        out = aligned_bytes(placement.extent.size)
+        try:
+            header = await self._tier.read(placement.extent, out)
+            check_label(entry.meta, header.label)
+        except Corrupt as error:
+            if entry.on_disk is not placement:
+                return True
+            if self._store.arrival(entry) is None:
+                self._mover.quarantine(entry, placement.extent, str(error))
+            return False
+        except TierFailed as error:
+            log.error("event=scrub_failed offset=%d reason=%r", placement.extent.offset, str(error))
+            return False
+        self._store.counters["scrub_chunks"] += 1
+        self._store.counters["scrub_bytes"] += placement.extent.size
+        return True
