@@ -39,7 +39,7 @@ from tests.conftest import DaemonProcess
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    *("start", "status", "ls", "clear", "pin", "unpin", "persist", "scrub"),
+    *("start", "status", "ls", "clear", "pin", "unpin", "persist", "scrub", "fsck"),
     *("doctor", "completion"),
 )
 REMOTE_COMMANDS = (

@@ -26,6 +26,7 @@ from kvd.cli.console import (
     print_json,
     print_rows,
 )
+from kvd.cli.disk import fsck, persist, scrub
 from kvd.cli.flags import EXISTING_FILE, Remote, config_options, remote_options
 from kvd.cli.listing import (
     CHUNK_HEADERS,
@@ -38,17 +39,15 @@ from kvd.cli.listing import (
     to_dict,
 )
 from kvd.daemon.config import load_config
-from kvd.errors import ConfigError, DeadlineExceeded, InvalidRequest
-from kvd.sizes import format_size, parse_size
+from kvd.errors import ConfigError, InvalidRequest
+from kvd.sizes import format_size
 
 if TYPE_CHECKING:
     from kvd.client import Client
-    from kvd.keys import ChunkKey
     from kvd.proto import kvd_pb2 as pb
 
 LIST_DEFAULT = 100
 WATCH_EVERY_S = 2.0
-SCRUB_LOOK_EVERY_S = 0.2
 
 
 @click.group(cls=Cli, invoke_without_command=True)
@@ -59,6 +58,10 @@ def main(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         click.echo(context.get_help(), err=True)
         context.exit(USAGE)
+
+
+for command in (persist, scrub, fsck):
+    main.add_command(command)
 
 
 @main.command()
@@ -206,51 +209,6 @@ def unpin(remote: Remote, keys: tuple[str, ...], is_json: bool) -> int:
 
 
 @main.command()
-@click.argument("keys", nargs=-1, metavar="[KEY]...")
-@remote_options
-def persist(remote: Remote, keys: tuple[str, ...], is_json: bool) -> int:
-    """Write chunks (default: all) to disk, and wait until they would survive a crash.
-
-    KEY is a key or its first digits, eight at least. Before an upgrade, or to warm a node for good.
-    """
-    with remote.connect() as client:
-        resolved = resolve_keys(client, keys) if keys else None
-        count = _persist(client, resolved, remote.timeout_s)
-    if is_json:
-        print_json({"count": count})
-    else:
-        click.echo(f"{count} chunks are on disk")
-    return 0
-
-
-@main.command()
-@click.option("--rate", default="0", metavar="SIZE", help="Bytes a second; 0: the daemon's rate.")
-@click.option("--no-wait", "is_left", is_flag=True, help="Begin the pass and do not wait for it.")
-@remote_options
-def scrub(remote: Remote, rate: str, is_left: bool, is_json: bool) -> int:
-    """Verify every record on disk now. Fails if one is bad: it is dropped, and was never served.
-
-    Ctrl-C leaves the pass going; the same command shows it again.
-    """
-    try:
-        rate_size = parse_size(rate)
-    except ValueError as error:
-        raise click.UsageError(f"--rate: {error}") from None
-    with remote.connect() as client:
-        reply = client.scrub(rate=rate_size)
-        if not is_left:
-            reply = _follow(client, reply)
-    if is_json:
-        print_json(to_dict(reply))
-    elif is_left and reply.is_running:
-        click.echo("the pass has begun; `kvd scrub` shows it")
-    else:
-        done = f"{reply.num_done} records, {format_size(reply.size_done)} verified"
-        click.echo(f"{done}, {reply.num_bad} bad")
-    return FAILURE if reply.num_bad else 0
-
-
-@main.command()
 @click.option("--socket", metavar="PATH", help="Socket of a daemon that may be running.")
 @json_option
 def doctor(socket: str | None, is_json: bool) -> int:
@@ -285,34 +243,6 @@ def completion(shell: str, is_json: bool) -> int:
     else:
         click.echo(script)
     return 0
-
-
-def _persist(client: Client, keys: list[ChunkKey] | None, timeout_s: float) -> int:
-    """As `Client.persist`, for as long as there is progress."""
-    last = -1
-    while True:
-        try:
-            return client.persist(keys, timeout_s=timeout_s)
-        except DeadlineExceeded:
-            written = client.status().counters["demote_chunks"]
-            if written == last:
-                raise
-            last = written
-
-
-def _follow(client: Client, reply: pb.ScrubReply) -> pb.ScrubReply:
-    """Show a pass until it ends; what it came to."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("scrubbing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("scrub", total=None)
-        while reply.is_running:
-            time.sleep(SCRUB_LOOK_EVERY_S)
-            reply = client.scrub(start=False)
-            progress.update(task, completed=reply.size_done, total=reply.size_all or None)
-    return reply
 
 
 def _hold(remote: Remote, keys: tuple[str, ...], is_json: bool, *, is_held: bool) -> int:

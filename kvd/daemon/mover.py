@@ -211,6 +211,9 @@ class Mover:
             return PersistCount(0, len(entries), "")
         except TierFailed as error:
             return PersistCount(0, 0, str(error))
+        if self.index.failure:
+            # It is being begun anew: what that will hold is not durable yet.
+            return PersistCount(0, 0, f"the index keeps nothing: {self.index.failure}")
         num_durable = sum(entry.on_disk is not None for entry in entries)
         reason = ""
         if num_durable + num_pending < len(entries):
@@ -234,6 +237,7 @@ class Mover:
             "disk_size": self._log.disk_size,
             "reserve": self._log.reserve,
             "is_direct": self._log.is_direct,
+            "key_id": self._log.key_id if any(self._log.key_id) else b"",
         }
 
     def check(self, entries: Iterable[Entry]) -> None:

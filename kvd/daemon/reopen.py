@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvd.chunk import Extent, Fingerprint, Placement
 from kvd.daemon.config import Config
@@ -26,9 +27,14 @@ from kvd.errors import Corrupt, KvdError
 from kvd.keys import ChunkKey
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.convert import layout_from_message
+from kvd.tiers.file_ops import FILE_OPS
+from kvd.tiers.log_directory import find_log_header
 from kvd.tiers.nvme import NvmeTier
 from kvd.tiers.segment import SEGMENT_SIZE_DEFAULT
 from kvd.tiers.segment_log import NAME, SegmentLog
+
+if TYPE_CHECKING:
+    from kvd.tiers.cipher import Cipher
 
 log = logging.getLogger("kvd.nvme")
 
@@ -95,8 +101,28 @@ def _open_log(config: Config, path: Path) -> SegmentLog:
         path,
         config.nvme_size,
         reserve=config.nvme_reserve,
-        segment_size=segment_size_for(config.nvme_size),
+        segment_size=_found_segment_size(path) or segment_size_for(config.nvme_size),
+        cipher=_load_cipher(config),
     )
+
+
+def _found_segment_size(path: Path) -> int:
+    """That of the log which is there, whatever size it may have now; 0 for none."""
+    try:
+        header = find_log_header(path, FILE_OPS)
+    except OSError:
+        return 0
+    return header.segment_size if header is not None else 0
+
+
+def _load_cipher(config: Config) -> Cipher | None:
+    if not config.nvme_key_file and not config.nvme_key_command:
+        return None
+    # The library is optional, and large.
+    from kvd.tiers.cipher_key import load_cipher
+
+    file = Path(config.nvme_key_file) if config.nvme_key_file else None
+    return load_cipher(file, config.nvme_key_command or None)
 
 
 def _declare(store: ChunkStore, layouts: dict[bytes, bytes]) -> None:

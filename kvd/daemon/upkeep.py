@@ -29,6 +29,7 @@ from kvd.errors import Corrupt, InvalidRequest, TierFailed
 from kvd.tiers.aligned import aligned_bytes
 from kvd.tiers.nvme import NvmeTier
 from kvd.tiers.segment import record_size
+from kvd.tiers.segment_state import SegmentInfo
 
 if TYPE_CHECKING:
     from kvd.daemon.mover import Mover
@@ -95,7 +96,7 @@ class Upkeep:
             self._mover.wake()
 
     async def _reclaim_one(self) -> bool:
-        info = choose_segment(self._log.segments())
+        info = self._choose()
         if info is None:
             return False
         credit = int(self._log.segment_size * COPY_FRACTION)
@@ -107,6 +108,10 @@ class Upkeep:
             # The segment's next life ends what the index still says of them.
             with suppress(TierFailed):
                 await self._mover.index.commit()
+        if self._held_size(info.slot):
+            # Writes took the room of their copies; another segment is looked for.
+            await asyncio.sleep(0.01)
+            return True
         while entries := self._mover.shelf.on(info.slot):
             for entry in entries:
                 if self._store.arrival(entry) is None:
@@ -123,6 +128,20 @@ class Upkeep:
             self._mover.failed(error)
             return False
         return True
+
+    def _choose(self) -> SegmentInfo | None:
+        """The segment to give back: one of which nothing is held that has no room elsewhere."""
+        segments = self._log.segments()
+        while (info := choose_segment(segments)) is not None:
+            if self._held_size(info.slot) <= self._log.room:
+                return info
+            segments = [segment for segment in segments if segment.slot != info.slot]
+        return None
+
+    def _held_size(self, slot: int) -> int:
+        """Bytes of the segment's records that an operator holds."""
+        extents = [e.on_disk.extent for e in self._mover.shelf.on(slot) if e.is_held and e.on_disk]
+        return sum(record_size(extent.size) for extent in extents)
 
     async def _copy_on(self, entry: Entry) -> None:
         """Write a chunk's copy once more, at the log's end."""

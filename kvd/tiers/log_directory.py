@@ -95,7 +95,7 @@ def lock_folder(path: Path, ops: FileOps) -> int:
     """The descriptor that holds the folder until it is closed. Raises `OSError`, and `ConfigError`
     that names the process where another holds it.
     """
-    fd = ops.open(path / "lock", os.O_RDWR | os.O_CREAT)
+    fd = ops.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -114,11 +114,15 @@ def find_log_header(path: Path, ops: FileOps) -> LogHeader | None:
     log. Raises `OSError`, and `ConfigError` for another version's or for segments of several logs.
     """
     try:
-        block = (path / "log").read_bytes()
+        fd = ops.open(path / "log", os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         return _header_from_segments(path, ops)
     try:
-        return parse_log(block)
+        block = read_bytes(ops, fd, BLOCK_SIZE, 0)
+    finally:
+        ops.close(fd)
+    try:
+        return parse_log(block or b"")
     except Unsupported as error:
         raise ConfigError(f"{path} was written by another kvd: {error}") from error
     except Corrupt:

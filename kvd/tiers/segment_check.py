@@ -1,8 +1,8 @@
 """Segment check: a log that no daemon has open, every byte of its records verified.
 
-It believes nothing and follows nothing out of the folder: a link is told of and left alone. What is
-repaired is only taken away: a damaged record's header is cleared, so that no scan meets it again; a
-segment that holds nothing readable is deleted, and the log makes another when it needs one.
+It believes nothing and follows nothing out of the folder: a link is told of and left alone. To
+repair is only to take away: a damaged record's header is cleared, so that no scan meets it again; a
+segment that holds nothing is deleted, and the log makes another when it needs one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING
 
 from kvd.errors import ConfigError, Corrupt, Unsupported
@@ -54,7 +55,7 @@ class DamagedRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnreadableSegment:
-    """A segment of which nothing can be believed, and why."""
+    """A segment that nothing can be read from, or not all, and why."""
 
     slot: int
     reason: str
@@ -92,8 +93,8 @@ def check_log(
 ) -> LogReport:
     """Verify every record of the log in the folder `path`; blocking, a thread's work.
 
-    With `is_repairing`, damaged records' headers are cleared and segments that are void or
-    unreadable deleted, durably; `is_repaired` says that all of that succeeded. With `cipher`, tags
+    With `is_repairing`, damaged records' headers are cleared and segments without a readable header
+    deleted, durably; `is_repaired` says that this left nothing bad behind. With `cipher`, tags
     are verified too; without it, an encrypted log's checksums are. `progress` hears of each record.
     Raises `ConfigError` where there is no log, a daemon has it open, it is of another version or
     key. What it raises, and what `progress` raises, leaves the rest of the log as it was.
@@ -164,6 +165,9 @@ class _Check:
 
     def _check_segment(self, slot: int) -> Iterator[int]:
         """Look at a segment; yields the offset behind each record, and the segment's end."""
+        if not S_ISREG(segment_path(self._path, slot).lstat().st_mode):
+            self._leave_alone(slot, "is no plain file")
+            return
         try:
             with self._open(slot, os.O_RDONLY | self._direct) as fd:
                 header = self._segment_header(slot, fd)
@@ -194,16 +198,20 @@ class _Check:
 
     def _give_up(self, slot: int, reason: str) -> None:
         self._found.unreadable.append(UnreadableSegment(slot=slot, reason=reason))
-        if segment_path(self._path, slot).is_symlink():
-            self._found.is_repaired = False
-        else:
-            self._found.empty.append(slot)
+        self._found.empty.append(slot)
+
+    def _leave_alone(self, slot: int, reason: str) -> None:
+        self._found.unreadable.append(UnreadableSegment(slot=slot, reason=reason))
+        self._found.is_repaired = False
 
     def _check_records(self, slot: int, fd: int, segment: SegmentHeader) -> Iterator[int]:
+        failures: list[str] = []
+
         def read(offset: int, size: int) -> Buffer | None:
             try:
                 return read_bytes(self._ops, fd, size, offset)
-            except OSError:
+            except OSError as error:
+                failures.append(f"cannot be read at {offset}: {error.strerror}")
                 return None
 
         damaged = []
@@ -219,6 +227,9 @@ class _Check:
                         )
                     )
             yield record.end
+        if failures:
+            # There may be records where nothing could be read; those that could be are kept.
+            self._leave_alone(slot, failures[0])
         self._found.damaged += damaged
         if damaged and self._is_repairing:
             self._clear(slot, [record.offset for record in damaged])

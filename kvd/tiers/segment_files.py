@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 
 from kvd.tiers.file_ops import FileOps
 
@@ -118,13 +119,13 @@ def segment_path(folder: Path, slot: int) -> Path:
 
 
 def find_segments(folder: Path) -> dict[int, int]:
-    """Bytes of each segment file in `folder`, by slot."""
-    paths = {slot: segment_path(folder, slot) for slot in segment_slots(folder)}
-    return {slot: path.stat().st_size for slot, path in paths.items() if path.is_file()}
+    """Bytes of each segment file in `folder`, by slot. A link is none: nothing outside is ours."""
+    found = {slot: segment_path(folder, slot).lstat() for slot in segment_slots(folder)}
+    return {slot: status.st_size for slot, status in found.items() if S_ISREG(status.st_mode)}
 
 
 def segment_slots(folder: Path) -> list[int]:
-    """The slots that a name in `folder` stands for, whatever it is the name of."""
+    """Slots that have a name in `folder`, whatever it is the name of."""
     names = [path.name.removeprefix("segment-") for path in folder.glob("segment-????????")]
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 

@@ -79,8 +79,9 @@ class SegmentLog:
         self.size = size
         self.reserve = reserve
         self.segment_size = segment_size
-        key_id = cipher.key_id if cipher is not None else NO_KEY
-        self._directory = LogDirectory(path, segment_size, key_id=key_id, ops=ops)
+        # Of the key that payloads are encrypted with, or zeros.
+        self.key_id = cipher.key_id if cipher is not None else NO_KEY
+        self._directory = LogDirectory(path, segment_size, key_id=self.key_id, ops=ops)
         error = self._directory.direct_error
         if is_direct and error is not None:
             LOGGER.warning("nvme path=%s direct=no reason=%r", path, error.strerror)
