@@ -22,6 +22,8 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "tiers": ("cpu,nvme", ("cpu", "nvme")),
     "cpu_size": ("1.5GiB", 3 << 29),
     "huge_pages": ("require", "require"),
+    "cpu_persist": ("true", True),
+    "cpu_persist_s": ("2.5", 2.5),
     "nvme_path": ("/var/lib/kvd", "/var/lib/kvd"),
     "nvme_size": ("200GiB", 200 << 30),
     "nvme_reserve": ("10GiB", 10 << 30),

@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +25,8 @@ from kvd.proto.limits import MESSAGE_SIZE_MAX, PROTOCOL_VERSION
 _NO_SIGNAL = int(socket.MSG_NOSIGNAL)
 _NOT_NOW = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
+_LOOK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
 _TIMEVAL = struct.Struct("ll")
 
 
@@ -35,6 +38,13 @@ class Connection(Protocol):
     arena: Arena | None
     instance: str
     is_open: bool
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the session still stands: a reader looks when its copy has ended, for a daemon
+        that comes back may find the same arena and use its bytes anew.
+        """
+        ...
 
     def call(self, request: pb.Request, timeout_s: float) -> pb.Response:
         """The answer to `request`, whose id is set here.
@@ -78,6 +88,7 @@ class LocalConnection:
         self._owed: list[int] = []
         self._num_writers = 0
         self._is_closing = False
+        self._token = 0
         self._timeout_s = 0.0
         self._socket = _connect(path)
         _connections.add(self)
@@ -90,6 +101,19 @@ class LocalConnection:
             raise
         self.instance = reply.instance
         self.session = reply.session
+        self._token = reply.token
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the daemon still holds the other end. A look, no question."""
+        if not self.is_open:
+            return False
+        try:
+            return bool(self._socket.recv(1, _LOOK))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
 
     def call(self, request: pb.Request, timeout_s: float) -> pb.Response:
         give_up = time.monotonic() + timeout_s
@@ -122,19 +146,19 @@ class LocalConnection:
         with self._lock:
             self._num_writers -= 1
             if self._is_closing and not self._num_writers:
-                self._socket.close()
+                self._stop()
 
     def close(self) -> None:
         with self._lock:
             self.is_open = False
             self._is_closing = True
             if not self._num_writers:
-                self._socket.close()
+                self._stop()
         if self.arena is not None:
             self.arena.close()
 
     def _attach(self, name: str) -> tuple[pb.AttachReply, Arena]:
-        message = pb.AttachRequest(version=PROTOCOL_VERSION, client=name)
+        message = pb.AttachRequest(version=PROTOCOL_VERSION, client=name, stopped=_stopped)
         sent_ns = time.monotonic_ns()
         try:
             self._socket.send(pb.Request(id=0, attach=message).SerializeToString())
@@ -229,8 +253,15 @@ class LocalConnection:
         self.is_open = False
         self._is_closing = True
         if not self._num_writers:
-            self._socket.close()
+            self._stop()
         return Unavailable(f"the daemon went away: {error.strerror if error else 'end of file'}")
+
+    def _stop(self) -> None:
+        """Nobody writes in this session any more: a daemon that finds its extents may have them."""
+        self._socket.close()
+        if self._token:
+            _stopped.append(self._token)
+            self._token = 0
 
     def _forget_after_fork(self) -> None:
         """In a forked child: the session is the parent's. The arena is not mapped here
@@ -280,6 +311,10 @@ def _decode(packet: bytes) -> pb.Response:
 
 
 _connections: weakref.WeakSet[LocalConnection] = weakref.WeakSet()
+
+# Tokens of this process's sessions that are over, the latest ones: more do not end while a daemon
+# is away.
+_stopped: deque[int] = deque(maxlen=256)
 
 
 def _after_fork() -> None:

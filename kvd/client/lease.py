@@ -204,7 +204,7 @@ class Lease:
         """Raise `LeaseExpired` unless everything read so far was the pinned chunks' bytes."""
         if self.is_released:
             raise LeaseExpired("the lease was released; pin the chunks again")
-        if not self._connection.is_open:
+        if not self._connection.is_alive:
             raise LeaseExpired("the session ended under the lease; pin the chunks again")
         if time.monotonic_ns() > self.deadline_ns:
             raise LeaseExpired("the lease's deadline has passed; pin the chunks again, for longer")

@@ -81,6 +81,11 @@ class RemoteConnection:
         self.instance = reply.instance
         self.session = reply.session
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the stream stands. What was read came in messages: it stays what it is."""
+        return self.is_open
+
     def call(self, request: pb.Request, timeout_s: float) -> pb.Response:
         request.id = next(self._ids)
         sent_ns = time.monotonic_ns()

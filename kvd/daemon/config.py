@@ -85,6 +85,18 @@ class Config:
             choices=_HUGE_PAGES,
         ),
     )
+    cpu_persist: bool = field(
+        default=False,
+        metadata=setting(
+            read_switch, "", "Let a small process keep the arena while no daemon runs."
+        ),
+    )
+    cpu_persist_s: float = field(
+        default=600.0,
+        metadata=setting(
+            read_seconds, "SECONDS", "How long it is kept, with --cpu-persist, until one starts."
+        ),
+    )
     nvme_path: str = field(
         default="",
         metadata=setting(read_text, "DIR", "Folder of the nvme tier; one daemon a folder."),

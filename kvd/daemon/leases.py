@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kvd.chunk import ChunkMeta, Extent
 from kvd.daemon.directory import Entry
@@ -13,6 +14,16 @@ LEASE_NS_MAX = 3600 * 10**9
 
 # Between a pin's deadline and the reuse of its bytes, for a reader whose copy ends on the deadline.
 GRACE_NS = 1 * 10**9
+
+
+class Writer(NamedTuple):
+    """Who writes into reserved extents, for a later daemon on the same arena: the process, when it
+    started (clock ticks since the boot), the token of its session.
+    """
+
+    pid: int = 0
+    start: int = 0
+    token: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +51,7 @@ class WriteLease(Lease):
     """
 
     is_shared: bool = True
+    writer: Writer | None = None
 
     metas: list[ChunkMeta] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)

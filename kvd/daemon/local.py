@@ -100,14 +100,13 @@ class LocalServer:
             _try_send(peer, answer.SerializeToString())
             peer.close()
             return
-        session = Session(self._store, self._facts, has_arena=True)
+        session = Session(self._store, self._facts, has_arena=True, pid=_credentials(peer)[0])
         self._clients.add(_LocalClient(self, peer, session, self._arena.fd))
         self._facts.num_sessions += 1
         log.info("event=session_opened session=%d sessions=%d", session.id, len(self._clients))
 
     def _refusal(self, peer: socket.socket) -> str:
-        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
-        _, uid, gid = _PEERCRED.unpack(credentials)
+        _, uid, gid = _credentials(peer)
         if not is_allowed(uid, gid, self._group):
             return f"user {uid} may not attach: this daemon serves user {os.geteuid()}" + (
                 f" and group {self._group}" if self._group else " (--socket-group lets a group in)"
@@ -196,6 +195,13 @@ class _LocalClient:
         log.info(
             "event=session_closed session=%d leases_taken_back=%d", self._session.id, num_leases
         )
+
+
+def _credentials(peer: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group of the peer."""
+    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEERCRED.size)
+    pid, uid, gid = _PEERCRED.unpack(raw)
+    return pid, uid, gid
 
 
 def is_allowed(uid: int, gid: int, group: str) -> bool:

@@ -69,6 +69,7 @@ _COUNTERS = {
     "nvme_index_errors": ("nvme_index_errors", "Failures of the index on disk."),
     "quarantine_chunks": ("quarantine_chunks", "Records on disk found damaged, never served."),
     "damaged_chunks": ("damaged_chunks", "Chunks in memory that were not what was committed."),
+    "revive_chunks": ("revive_chunks", "Chunks of an earlier daemon found good in memory."),
     "scrub_chunks": ("scrub_chunks", "Records that scrubbing has verified."),
     "scrub_bytes": ("scrub_bytes", "Bytes that scrubbing has verified."),
     "leases_expired": ("leases_expired", "Leases that ended by their deadline."),

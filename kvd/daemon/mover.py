@@ -27,7 +27,7 @@ from kvd.chunk import Extent, Fingerprint, Placement
 from kvd.daemon.arrival import Arrival
 from kvd.daemon.directory import Entry
 from kvd.daemon.index import ChunkIndex, IndexRecord
-from kvd.daemon.labels import check_label, encode_label, tenant_of
+from kvd.daemon.labels import NO_TENANT, check_label, encode_label
 from kvd.daemon.shelf import Shelf
 from kvd.daemon.store import ChunkStore, PersistCount, ScrubCount
 from kvd.daemon.upkeep import Upkeep
@@ -93,7 +93,6 @@ class Mover:
         self._log = tier.log
         self._options = options
         self._loop = asyncio.get_running_loop()
-        self._tenants: dict[Fingerprint, bytes] = {}
         self._known_layouts: set[Fingerprint] = set()
         # To be written at once, whatever admission says; and candidates of the last search.
         self._urgent: dict[Entry, None] = {}
@@ -143,7 +142,7 @@ class Mover:
 
     def adopt(self, entry: Entry, tenant: bytes) -> None:
         """A restored chunk has its copy on disk."""
-        self._tenants[entry.meta.layout] = tenant
+        self._store.tenants[entry.meta.layout] = tenant
         self.shelf.add(entry, tenant)
 
     # The role that the store sees.
@@ -223,11 +222,14 @@ class Mover:
     def facts(self) -> dict[str, Any]:
         elapsed_s = max(self._loop.time() - self._started, 1.0)
         demoted = self.demoted_bytes
+        room = 0
+        with suppress(TierFailed):
+            room = self.upkeep.room
         return {
             "name": self._log.name,
             "size": self._log.size,
             "used": self._log.used,
-            "largest_free": self._log.room,
+            "largest_free": room,
             "num_extents": self._log.num_extents,
             "path": str(self._log.path),
             "failure": self.failure,
@@ -385,20 +387,29 @@ class Mover:
         self.shelf.add(entry, self.tenant_of(entry))
         self.remember(entry)
 
-    async def _append(self, entry: Entry) -> Extent | None:
+    async def _append(self, entry: Entry) -> Extent:
         assert entry.in_memory is not None
         label = encode_label(entry.meta, self.tenant_of(entry))
         payload = self._store.tier.view(entry.in_memory.extent)
         checksum = entry.in_memory.checksum
+        is_refused = False
         while True:
-            extent = await self.tier.append(label, payload, payload_checksum=checksum)
+            try:
+                extent = await self.tier.append(label, payload, payload_checksum=checksum)
+            except TierFailed as error:
+                # The file system gives no more than the log has: it goes on in that, if it can.
+                if is_refused or not self.upkeep.is_refused(error, entry.size):
+                    raise
+                is_refused = True
+                if not await self.upkeep.give_back_one():
+                    raise
+                continue
             if extent is not None:
                 if self.upkeep.is_due:
                     self._spawn(self.upkeep.reclaim_ahead())
                 return extent
-            if not await self.upkeep.reclaim(self._log.room + 1):
-                self._refusal = "the tier is full, and nothing in it can be given back"
-                return None
+            if not await self.upkeep.reclaim(self.upkeep.room + 1):
+                raise TierFailed(self.upkeep.fullness)
 
     def remember(self, entry: Entry) -> None:
         """Queue the entry's copy for the index."""
@@ -549,11 +560,8 @@ class Mover:
         )
 
     def tenant_of(self, entry: Entry) -> bytes:
-        layout = entry.meta.layout
-        tenant = self._tenants.get(layout)
-        if tenant is None:
-            tenant = self._tenants[layout] = tenant_of(self._store.layouts[layout].salt)
-        return tenant
+        """Whose chunk it is, for quotas."""
+        return self._store.tenants.get(entry.meta.layout, NO_TENANT)
 
     def _pending(self, wanted: Iterable[Entry]) -> list[Entry]:
         return [e for e in wanted if e in self._urgent or self._store.is_demoting(e)]

@@ -167,12 +167,19 @@ def _restore(store: ChunkStore, mover: Mover, records: Iterable[IndexRecord]) ->
         except Corrupt:
             continue
         placement = Placement(extent, record.codec, checksum=record.checksum or None)
-        if meta.key != record.key or meta.key in store.directory:
+        if meta.key != record.key:
             continue
         layout = store.layouts.get(Fingerprint(meta.layout))
         if layout is not None and layout.size(meta.num_tokens) != record.size:
             continue
-        if mover.tier.log.adopt(extent, life=record.life):
-            mover.adopt(store.restore(meta, placement), tenant)
-            count += 1
+        if not mover.tier.log.adopt(extent, life=record.life):
+            # Another record may get its place, in the same life of the segment.
+            mover.index.delete(meta.key, record.offset)
+            continue
+        entry = store.restore(meta, placement)
+        if entry is None:
+            mover.tier.log.free(extent)
+            continue
+        mover.adopt(entry, tenant)
+        count += 1
     return count

@@ -22,12 +22,14 @@ from kvd.daemon import logs
 from kvd.daemon.admin import Facts
 from kvd.daemon.config import Config
 from kvd.daemon.eviction.registry import make_policy
+from kvd.daemon.keeper import keeper_path
 from kvd.daemon.local import LocalServer
 from kvd.daemon.metrics import serve_http
 from kvd.daemon.store import ChunkStore
 from kvd.tiers.cpu import CpuTier
 
 if TYPE_CHECKING:
+    from kvd.daemon.hot_set import HotSet, KeptArena
     from kvd.daemon.mover import Mover
 
 log = logging.getLogger("kvd.server")
@@ -70,15 +72,22 @@ class Daemon:
                 stack.callback(http.close)
                 log.info("event=http_listening port=%d", http.port)
             try:
-                store, arena = await self._open_store()
+                store, hot = await self._open_store()
                 mover = await self._open_disk(store)
             except _StoppedEarlyError:
                 return 0
+            if hot is not None:
+                stack.push_async_callback(hot.close)
+                hot.start()
             if mover is not None:
                 stack.push_async_callback(mover.close, flush_s=self.config.nvme_flush_s)
                 mover.start()
             local = LocalServer(
-                self.config.socket, arena, store, self.facts, group=self.config.socket_group
+                self.config.socket,
+                store.tier.arena,
+                store,
+                self.facts,
+                group=self.config.socket_group,
             )
             stack.callback(local.close)
             await stack.enter_async_context(self._grpc(store))
@@ -86,20 +95,47 @@ class Daemon:
             self.store = store
             self.facts.state = "serving"
             log.info(
-                "event=ready socket=%s size=%d pid=%d", self.config.socket, arena.size, os.getpid()
+                "event=ready socket=%s size=%d pid=%d",
+                self.config.socket,
+                store.tier.size,
+                os.getpid(),
             )
             await self._stop.wait()
             await self._drain(store)
         log.info("event=stopped")
         return 0
 
-    async def _open_store(self) -> tuple[ChunkStore, Arena]:
-        arena = Arena.create(self.config.cpu_size, huge_pages=self.config.huge_pages)
+    async def _open_store(self) -> tuple[ChunkStore, HotSet | None]:
+        kept = await self._open_kept()
+        arena = (
+            kept.arena
+            if kept is not None
+            else Arena.create(self.config.cpu_size, huge_pages=self.config.huge_pages)
+        )
         started = time.monotonic()
         await asyncio.to_thread(self._populate, arena)
         self.facts.pages = arena.pages
         log.info("event=populated size=%d seconds=%.1f", arena.size, time.monotonic() - started)
-        return ChunkStore(CpuTier(arena), make_policy(self.config.eviction)), arena
+        store = ChunkStore(CpuTier(arena), make_policy(self.config.eviction))
+        if kept is None:
+            return store, None
+        from kvd.daemon.hot_set import HotSet
+
+        hot = HotSet(self.config, store, kept)
+        log.info("event=revived chunks=%d size=%d", hot.num_revived, store.tier.used)
+        return store, hot
+
+    async def _open_kept(self) -> KeptArena | None:
+        # Imported here: a keeper is for those who ask for one, or had one.
+        if not self.config.cpu_persist:
+            if keeper_path(self.config.socket).exists():
+                from kvd.daemon.hot_set import forget_kept
+
+                await asyncio.to_thread(forget_kept, self.config)
+            return None
+        from kvd.daemon.hot_set import KeptArena
+
+        return await asyncio.to_thread(KeptArena.open, self.config, self.facts.instance)
 
     async def _open_disk(self, store: ChunkStore) -> Mover | None:
         if "nvme" not in self.config.tiers:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -23,7 +24,8 @@ from kvd.chunk import ChunkMeta, Fingerprint
 from kvd.daemon import admin
 from kvd.daemon.arrival import Arrival
 from kvd.daemon.directory import Entry
-from kvd.daemon.leases import LEASE_NS_DEFAULT, ReadLease, WriteLease
+from kvd.daemon.leases import LEASE_NS_DEFAULT, ReadLease, WriteLease, Writer
+from kvd.daemon.processes import process_start
 from kvd.daemon.store import ChunkStore
 from kvd.errors import Corrupt, InvalidRequest, KvdError, LeaseExpired, TooLarge, UnknownLease
 from kvd.keys import ChunkKey, PackedKeys, check_key, short, split_keys
@@ -51,11 +53,13 @@ _session_ids = count(1)
 
 
 class Session:
-    """One client's requests and leases. `has_arena` says whether the client maps the arena or asks
-    for bytes.
+    """One client's requests and leases. `has_arena` says whether the client maps the arena, from
+    process `pid`, or asks for bytes.
     """
 
-    def __init__(self, store: ChunkStore, facts: admin.Facts, *, has_arena: bool) -> None:
+    def __init__(
+        self, store: ChunkStore, facts: admin.Facts, *, has_arena: bool, pid: int = 0
+    ) -> None:
         self.id = next(_session_ids)
         self.client = ""
         self.is_attached = False
@@ -63,6 +67,9 @@ class Session:
         self._store = store
         self._facts = facts
         self._has_arena = has_arena
+        self._pid = pid
+        # Who writes what this session reserves, for a later daemon on the same arena.
+        self._writer: Writer | None = None
         self._message_size_max = MESSAGE_SIZE_MAX if has_arena else GRPC_MESSAGE_SIZE_MAX
         self._verbs: dict[str, Callable[..., object]] = {
             "attach": self._attach,
@@ -169,6 +176,10 @@ class Session:
             raise InvalidRequest("this session is attached already")
         self.is_attached = True
         self.client = message.client[:CLIENT_NAME_SIZE_MAX]
+        if self._has_arena and self._store.hot is not None:
+            token = secrets.randbits(64) or 1
+            self._writer = Writer(self._pid, process_start(self._pid), token)
+            self._store.hot.stopped(message.stopped)
         return pb.AttachReply(
             version=PROTOCOL_VERSION,
             session=self.id,
@@ -177,6 +188,7 @@ class Session:
             message_size_max=self._message_size_max,
             instance=self._facts.instance,
             daemon_version=self._facts.version,
+            token=self._writer.token if self._writer is not None else 0,
         )
 
     def _declare(self, message: pb.DeclareRequest) -> pb.DeclareReply:
@@ -210,6 +222,7 @@ class Session:
             lease_ns=message.lease_ns or LEASE_NS_DEFAULT,
             now_ns=time.monotonic_ns(),
             is_shared=self._has_arena,
+            writer=self._writer,
         )
         reply = pb.ReserveReply(states=[_STATES[state] for state in states])
         if lease is not None:
@@ -266,7 +279,7 @@ class Session:
         extents = [placement.extent for placement in placements]
         reply.lease = lease.id
         reply.deadline_ns = lease.deadline_ns
-        if any(entry.in_memory is None for entry in lease.entries):
+        if not self._store.are_ready(lease.entries):
             extents = [self._store.extent_of(entry) for entry in lease.entries]
             reply.ready.extend([self._store.ready_size(entry) or 0 for entry in lease.entries])
         reply.offsets.extend([extent.offset for extent in extents])

@@ -25,7 +25,8 @@ from kvd.chunk import ChunkMeta, Extent, Fingerprint, Placement
 from kvd.daemon.arrival import Arrival
 from kvd.daemon.directory import Directory, Entry
 from kvd.daemon.eviction.base import EvictionPolicy
-from kvd.daemon.leases import GRACE_NS, ReadLease, WriteLease, check_lease_ns
+from kvd.daemon.labels import tenant_of
+from kvd.daemon.leases import GRACE_NS, ReadLease, WriteLease, Writer, check_lease_ns
 from kvd.daemon.memory import Memory
 from kvd.errors import InvalidRequest, LayoutMismatch, LeaseExpired, TooLarge, UnknownLease
 from kvd.keys import ChunkKey, PackedKeys, short
@@ -114,12 +115,44 @@ class Lower(Protocol):
         ...
 
 
+class HotSet(Protocol):
+    """What remembers memory beyond the daemon's life, as the store sees it. No method waits."""
+
+    def write(self, extent: Extent, writer: Writer | None) -> bool:
+        """An extent is about to be written, by a client or (None) by the daemon; False if it cannot
+        be remembered: then it must not be used.
+        """
+        ...
+
+    def keep(self, entry: Entry) -> None:
+        """The entry's copy in memory is complete."""
+        ...
+
+    def erase(self, extent: Extent) -> None:
+        """The extent is about to be free."""
+        ...
+
+    def stopped(self, tokens: Iterable[int]) -> None:
+        """Nobody writes any more in the sessions of these tokens."""
+        ...
+
+    def verify(self, arrival: Arrival) -> None:
+        """See whether the bytes of a chunk from before are what they were, then call `verified`."""
+        ...
+
+    def check(self, num_extents: int) -> None:
+        """Assert that so many extents are remembered."""
+        ...
+
+
 class ChunkStore:
     """lookup, reserve, commit, pin, release, evict over memory and what lies below it."""
 
     def __init__(self, tier: CpuTier, policy: EvictionPolicy) -> None:
         self.tier = tier
         self.layouts: dict[Fingerprint, KVLayout] = {}
+        # Whose chunks they are; known of chunks from before even where their layout is not.
+        self.tenants: dict[Fingerprint, bytes] = {}
         self.directory = Directory()
         self.counters: Counter[str] = Counter()
         self.lower: Lower | None = None
@@ -129,6 +162,12 @@ class ChunkStore:
         self._policy = policy
         # Chunks on their way from disk, and those whose bytes are being written to it.
         self._arriving: dict[Entry, Arrival] = {}
+        # Chunks in memory from an earlier daemon: not looked at yet, and being looked at; and what
+        # its clients may still be writing.
+        self.hot: HotSet | None = None
+        self._unverified: set[Entry] = set()
+        self._checking: dict[Entry, Arrival] = {}
+        self._strays: set[Extent] = set()
         self._demoting: set[Entry] = set()
         self._leases: dict[int, ReadLease | WriteLease] = {}
         self._lease_ids = count(1)
@@ -151,6 +190,7 @@ class ChunkStore:
                 f"{LAYOUTS_MAX} layouts are known already, and are kept until the daemon restarts"
             )
         self.layouts.setdefault(fingerprint, layout)
+        self.tenants.setdefault(fingerprint, tenant_of(layout.salt))
         return fingerprint
 
     def lookup(
@@ -186,6 +226,7 @@ class ChunkStore:
         lease_ns: int,
         now_ns: int,
         is_shared: bool = True,
+        writer: Writer | None = None,
     ) -> tuple[WriteLease | None, list[ReserveState]]:
         """Extents for those chunks that are neither here nor on their way, evicting others where
         needed.
@@ -203,7 +244,9 @@ class ChunkStore:
                 f"the {self.tier.name} tier has {self.tier.size}"
             )
         states: list[ReserveState] = []
-        lease = WriteLease(next(self._lease_ids), now_ns + lease_ns, is_shared=is_shared)
+        lease = WriteLease(
+            next(self._lease_ids), now_ns + lease_ns, is_shared=is_shared, writer=writer
+        )
         family = self._family(metas)
         for entry in family:
             self.memory.pin(entry)
@@ -250,6 +293,8 @@ class ChunkStore:
             self.directory.insert(entry)
             self._policy.insert(meta, now_ns)
             self.counters["commit_bytes"] += extent.size
+            if self.hot is not None:
+                self.hot.keep(entry)
             entries.append(entry)
         self.counters["commit_chunks"] += len(entries)
         if self.lower is not None:
@@ -294,6 +339,8 @@ class ChunkStore:
             entry.uses += 1
             entry.is_recent = True
             self.memory.pin(entry)
+        if self._unverified:
+            self._verify(entries)
         self.counters["pin_bytes"] += sum(entry.size for entry in entries)
         lease = ReadLease(next(self._lease_ids), now_ns + lease_ns, entries=entries)
         self._open(lease)
@@ -301,14 +348,20 @@ class ChunkStore:
 
     def arrival(self, entry: Entry) -> Arrival | None:
         """The entry's way into memory while it lasts."""
-        return self._arriving.get(entry)
+        return self._arriving.get(entry) or self._checking.get(entry)
+
+    def are_ready(self, entries: Sequence[Entry]) -> bool:
+        """Whether every byte of pinned chunks may be read."""
+        if self._checking and any(entry in self._checking for entry in entries):
+            return False
+        return all(entry.in_memory is not None for entry in entries)
 
     def ready_size(self, entry: Entry) -> int | None:
         """How many leading bytes of a pinned chunk may be read now; None if it is lost."""
-        if entry.in_memory is not None:
-            return entry.in_memory.extent.size
-        arrival = self._arriving.get(entry)
-        return None if arrival is None else arrival.ready
+        arrival = self.arrival(entry)
+        if arrival is not None:
+            return arrival.ready
+        return None if entry.in_memory is None else entry.in_memory.extent.size
 
     def extent_of(self, entry: Entry) -> Extent:
         """Where a pinned chunk's bytes are in memory, or will be when they are ready."""
@@ -397,10 +450,12 @@ class ChunkStore:
         entry = arrival.entry
         self._arrive(arrival)
         if not self._is_listed(entry):
-            self.tier.free(arrival.extent)
+            self._free_extent(arrival.extent)
             return
         assert entry.on_disk is not None
         self.memory.place(entry, Placement(arrival.extent, checksum=entry.on_disk.checksum))
+        if self.hot is not None:
+            self.hot.keep(entry)
         self.counters["promote_chunks"] += 1
         self.counters["promote_bytes"] += arrival.extent.size
 
@@ -409,7 +464,7 @@ class ChunkStore:
         if self._is_listed(arrival.entry):
             self._remove(arrival.entry)
         self._arrive(arrival)
-        self.tier.free(arrival.extent)
+        self._free_extent(arrival.extent)
 
     def begin_demotion(self, entry: Entry) -> None:
         """The chunk's bytes are being written to disk: they stay where they are."""
@@ -427,7 +482,7 @@ class ChunkStore:
         self.memory.unpin(entry)
         if not is_listed:
             assert entry.in_memory is not None
-            self.tier.free(entry.in_memory.extent)
+            self._free_extent(entry.in_memory.extent)
             entry.in_memory = None
             return False
         if placement is not None:
@@ -444,10 +499,52 @@ class ChunkStore:
         """Whether its bytes are on their way to disk."""
         return entry in self._demoting
 
-    def restore(self, meta: ChunkMeta, placement: Placement) -> Entry:
-        """List a chunk, not here yet, that is on disk from before."""
-        entry = Entry(meta, on_disk=placement)
+    def revive(self, meta: ChunkMeta, placement: Placement, now_ns: int) -> bool:
+        """List a chunk that an earlier daemon left in memory, in an extent that is allocated; it is
+        verified when it is first pinned. False if it is here already.
+        """
+        if meta.key in self.directory:
+            return False
+        entry = Entry(meta)
+        self.memory.place(entry, placement)
         self.directory.insert(entry)
+        self._policy.insert(meta, now_ns)
+        self._unverified.add(entry)
+        return True
+
+    def verified(self, arrival: Arrival, *, is_good: bool) -> None:
+        """What `HotSet.verify` has found."""
+        entry = arrival.entry
+        if self._checking.get(entry) is not arrival:
+            return
+        del self._checking[entry]
+        if is_good:
+            self.counters["revive_chunks"] += 1
+            return
+        self.counters["damaged_chunks"] += 1
+        self._remove(entry)
+
+    def hold_stray(self, extent: Extent) -> None:
+        """A client of an earlier daemon may still write into an allocated extent."""
+        self._strays.add(extent)
+        self.memory.reserve(extent)
+
+    def free_stray(self, extent: Extent) -> None:
+        """It has stopped."""
+        self._strays.remove(extent)
+        self.memory.unreserve(extent)
+        self._free_extent(extent)
+
+    def restore(self, meta: ChunkMeta, placement: Placement) -> Entry | None:
+        """List a chunk that is on disk from before; None if it is listed with such a copy."""
+        entry = self.directory.get(meta.key)
+        if entry is None:
+            entry = Entry(meta, on_disk=placement)
+            self.directory.insert(entry)
+            return entry
+        if entry.on_disk is not None:
+            return None
+        self.memory.shelve(entry, placement)
         return entry
 
     def unshelve(self, entry: Entry) -> None:
@@ -477,12 +574,19 @@ class ChunkStore:
         writing = [lease for lease in self._leases.values() if isinstance(lease, WriteLease)]
         filled = [extent for lease in writing for extent in lease.extents]
         filled += [arrival.extent for arrival in self._arriving.values()]
+        filled += self._strays
         extents += filled
         assert len({extent.offset for extent in extents}) == len(extents), "extents overlap"
         assert len(extents) == self.tier.num_extents, "an extent is leaked"
         assert sum(map(self.tier.allocated_size, extents)) == self.tier.used, "sizes + free != tier"
         assert sum(map(self.tier.allocated_size, filled)) == self.memory.reserved_size
         self._check_pins(orphans)
+        assert self._unverified.isdisjoint(self._checking)
+        for entry in (*self._unverified, *self._checking):
+            assert self._is_listed(entry)
+            assert entry.in_memory is not None
+        if self.hot is not None:
+            self.hot.check(self.tier.num_extents)
         if self.lower is not None:
             self.lower.check(self.directory)
         for entry in self.directory:
@@ -539,7 +643,7 @@ class ChunkStore:
         if meta.key in self._writing:
             return "busy"
         extent = self._make_room(size, now_ns)
-        if extent is None:
+        if extent is None or not self._is_remembered(extent, lease.writer):
             return "full"
         self._writing[meta.key] = lease
         self.memory.reserve(extent)
@@ -582,11 +686,36 @@ class ChunkStore:
         if entry.on_disk is not None:
             extent = self.memory.forget(entry)
             assert extent is not None
-            self.tier.free(extent)
+            self._unverified.discard(entry)
+            self._free_extent(extent)
             return
         if self._is_owed(entry):
             self.counters["demote_missed_chunks"] += 1
         self._remove(entry)
+
+    def _is_remembered(self, extent: Extent, writer: Writer | None) -> bool:
+        """Whether an extent just allocated may be used; if not, it is free again."""
+        if self.hot is None or self.hot.write(extent, writer):
+            return True
+        self.tier.free(extent)
+        return False
+
+    def _free_extent(self, extent: Extent) -> None:
+        # First forgotten, then free: whoever finds the arena later must not take it for the old.
+        if self.hot is not None:
+            self.hot.erase(extent)
+        self.tier.free(extent)
+
+    def _verify(self, entries: Sequence[Entry]) -> None:
+        """Let those chunks be looked at that came from an earlier daemon."""
+        assert self.hot is not None
+        for entry in entries:
+            if entry in self._unverified:
+                assert entry.in_memory is not None
+                self._unverified.remove(entry)
+                arrival = Arrival(entry, entry.in_memory.extent)
+                self._checking[entry] = arrival
+                self.hot.verify(arrival)
 
     def _is_owed(self, entry: Entry) -> bool:
         return self.lower is not None and entry.on_disk is None and self.lower.is_owed(entry)
@@ -606,7 +735,9 @@ class ChunkStore:
         elif entry.in_memory is not None or entry in self._arriving:
             extent = self.memory.forget(entry)
             if extent is not None:
-                self.tier.free(extent)
+                self._free_extent(extent)
+        self._unverified.discard(entry)
+        self._checking.pop(entry, None)
         entry.on_disk = None
 
     def _find(
@@ -666,7 +797,7 @@ class ChunkStore:
         assert entry.on_disk is not None
         assert self.lower is not None
         extent = self._make_room(entry.on_disk.extent.size, now_ns)
-        if extent is None:
+        if extent is None or not self._is_remembered(extent, None):
             return False
         arrival = Arrival(entry, extent)
         self._arriving[entry] = arrival
@@ -728,7 +859,7 @@ class ChunkStore:
     def _free(self, lease: WriteLease) -> None:
         for extent in lease.extents:
             self.memory.unreserve(extent)
-            self.tier.free(extent)
+            self._free_extent(extent)
         lease.extents = []
 
     def _lease(self, lease_id: int) -> ReadLease | WriteLease:

@@ -10,6 +10,7 @@ Runs on the event loop, beside the `Mover` that it serves.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import time
 from contextlib import suppress
@@ -29,12 +30,14 @@ from kvd.errors import Corrupt, InvalidRequest, TierFailed
 from kvd.tiers.aligned import aligned_bytes
 from kvd.tiers.nvme import NvmeTier
 from kvd.tiers.segment import record_size
-from kvd.tiers.segment_state import SegmentInfo
 
 if TYPE_CHECKING:
     from kvd.daemon.mover import Mover
 
 log = logging.getLogger("kvd.nvme")
+
+# What a file system says that has no place left, whatever it said was free.
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 # How often the reserve and a due pass are looked at.
 WATCH_EVERY_S = 5.0
@@ -64,16 +67,33 @@ class Upkeep:
         self._copy_size = self._copy_size_max
 
     @property
+    def room(self) -> int:
+        """Bytes that records can still take. Raises `TierFailed` where the file system does not
+        say.
+        """
+        try:
+            return self._log.room
+        except OSError as error:
+            raise TierFailed(f"nobody knows what is free in {self._log.path}: {error}") from error
+
+    @property
     def is_due(self) -> bool:
         """Whether segments should be given back before the log is full: what is copied on then has
         a place.
         """
-        return self._log.room < self._room_wanted and not self._reclaiming.locked()
+        return not self._reclaiming.locked() and self._has_less_than(self._room_wanted)
 
     @property
     def is_short(self) -> bool:
         """Whether new writes should wait: the room that is left is for what is copied on."""
-        return self._reclaiming.locked() and self._log.room < self._copy_size_max
+        return self._reclaiming.locked() and self._has_less_than(self._copy_size_max)
+
+    def _has_less_than(self, size: int) -> bool:
+        # An append that needs the file system says better what is wrong with it.
+        try:
+            return self.room < size
+        except TierFailed:
+            return False
 
     @property
     def _room_wanted(self) -> int:
@@ -82,21 +102,46 @@ class Upkeep:
 
     async def reclaim_ahead(self) -> None:
         """Give segments back until there is room for the next ones."""
-        await self.reclaim(self._room_wanted)
+        try:
+            await self.reclaim(self._room_wanted)
+        except TierFailed as error:
+            self._mover.failed(error)
 
     async def reclaim(self, room: int) -> bool:
         """Give segments back until there is `room`; False if there is none left to give."""
         try:
             async with self._reclaiming:
-                while self._log.room < room:
+                while self.room < room:
                     if not await self._reclaim_one():
                         return False
                 return True
         finally:
             self._mover.wake()
 
+    async def give_back_one(self) -> bool:
+        """Give one segment back, whatever room there is; False if there is none to give."""
+        async with self._reclaiming:
+            return await self._reclaim_one()
+
+    def is_refused(self, error: TierFailed, size: int) -> bool:
+        """Whether a write failed because the file system has no place for another segment."""
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in NO_SPACE:
+            return False
+        whole = record_size(size)
+        return not any(s.status == "active" and s.free_size >= whole for s in self._log.segments())
+
+    @property
+    def fullness(self) -> str:
+        """Why nothing can be written though nothing has failed."""
+        return (
+            f"the tier is full: it has {self._log.disk_size} bytes of {self._log.size}, none of "
+            f"which can be given back, and a reserve of {self._log.reserve} has to stay free in "
+            f"{self._log.path}"
+        )
+
     async def _reclaim_one(self) -> bool:
-        info = self._choose()
+        info = choose_segment(self._log.segments())
         if info is None:
             return False
         credit = int(self._log.segment_size * COPY_FRACTION)
@@ -108,10 +153,6 @@ class Upkeep:
             # The segment's next life ends what the index still says of them.
             with suppress(TierFailed):
                 await self._mover.index.commit()
-        if self._held_size(info.slot):
-            # Writes took the room of their copies; another segment is looked for.
-            await asyncio.sleep(0.01)
-            return True
         while entries := self._mover.shelf.on(info.slot):
             for entry in entries:
                 if self._store.arrival(entry) is None:
@@ -129,24 +170,10 @@ class Upkeep:
             return False
         return True
 
-    def _choose(self) -> SegmentInfo | None:
-        """The segment to give back: one of which nothing is held that has no room elsewhere."""
-        segments = self._log.segments()
-        while (info := choose_segment(segments)) is not None:
-            if self._held_size(info.slot) <= self._log.room:
-                return info
-            segments = [segment for segment in segments if segment.slot != info.slot]
-        return None
-
-    def _held_size(self, slot: int) -> int:
-        """Bytes of the segment's records that an operator holds."""
-        extents = [e.on_disk.extent for e in self._mover.shelf.on(slot) if e.is_held and e.on_disk]
-        return sum(record_size(extent.size) for extent in extents)
-
     async def _copy_on(self, entry: Entry) -> None:
         """Write a chunk's copy once more, at the log's end."""
         placement = entry.on_disk
-        if placement is None or self._log.room < record_size(placement.extent.size):
+        if placement is None or self.room < record_size(placement.extent.size):
             return
         out = aligned_bytes(placement.extent.size)
         try:
@@ -189,6 +216,11 @@ class Upkeep:
                 await self._keep_reserve()
             except TierFailed as error:
                 self._mover.failed(error)
+            except OSError as error:
+                self._mover.failed(TierFailed(f"the reserve cannot be kept: {error}"))
+            except InvalidRequest:
+                # Somebody reads what is to be deleted: the next time, then.
+                continue
 
     async def _keep_reserve(self) -> None:
         """Others have filled the file system: give back what is theirs by the operator's word."""

@@ -109,15 +109,17 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("version", "client")
+    __slots__ = ("version", "client", "stopped")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
     version: int
     client: str
-    def __init__(self, version: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
+    stopped: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, version: _Optional[int] = ..., client: _Optional[str] = ..., stopped: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AttachReply(_message.Message):
-    __slots__ = ("version", "session", "now_ns", "arena_size", "message_size_max", "instance", "daemon_version")
+    __slots__ = ("version", "session", "now_ns", "arena_size", "message_size_max", "instance", "daemon_version", "token")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     NOW_NS_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +127,7 @@ class AttachReply(_message.Message):
     MESSAGE_SIZE_MAX_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     DAEMON_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     version: int
     session: int
     now_ns: int
@@ -132,7 +135,8 @@ class AttachReply(_message.Message):
     message_size_max: int
     instance: str
     daemon_version: str
-    def __init__(self, version: _Optional[int] = ..., session: _Optional[int] = ..., now_ns: _Optional[int] = ..., arena_size: _Optional[int] = ..., message_size_max: _Optional[int] = ..., instance: _Optional[str] = ..., daemon_version: _Optional[str] = ...) -> None: ...
+    token: int
+    def __init__(self, version: _Optional[int] = ..., session: _Optional[int] = ..., now_ns: _Optional[int] = ..., arena_size: _Optional[int] = ..., message_size_max: _Optional[int] = ..., instance: _Optional[str] = ..., daemon_version: _Optional[str] = ..., token: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("model", "revision", "dtype", "num_layers", "num_planes", "num_kv_heads", "head_dim", "chunk_tokens", "axes", "rope", "rank", "world_size", "group", "salt")
