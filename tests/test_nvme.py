@@ -388,6 +388,23 @@ def test_a_segment_cut_short_is_corrupt_behind_the_cut(open_log: Opener, tmp_pat
     assert_holds(log, put(log, 9, 100_000), 9)
 
 
+def test_a_link_in_a_segments_place_is_not_followed(open_log: Opener, tmp_path: Path) -> None:
+    log = open_log()
+    held = fill(log)
+    path, target = tmp_path / "kv" / "segment-00000001", tmp_path / "elsewhere"
+    path.rename(target)
+    path.symlink_to(target)
+    before = target.read_bytes()
+    log = open_log()
+    assert [segment.slot for segment in log.segments()] == [0, 2, 3]
+    assert len(list(log.scan())) == sum(extent.offset // SEGMENT_SIZE != 1 for extent in held)
+    # Its slot is used again, and nothing is written where it led to.
+    new = put(log, 9, 200_000)
+    assert new.offset // SEGMENT_SIZE == 1
+    assert_holds(log, new, 9)
+    assert target.read_bytes() == before
+
+
 def test_a_file_that_grew_is_cut_to_its_segment(open_log: Opener, tmp_path: Path) -> None:
     log = open_log()
     extent = put(log, 1)

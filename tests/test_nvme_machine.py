@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kvd.chunk import Extent
 from kvd.errors import Corrupt
 from kvd.tiers.aligned import aligned_bytes
+from kvd.tiers.cipher import Cipher
 from kvd.tiers.segment import BLOCK_SIZE, record_size
 from kvd.tiers.segment_log import FoundRecord, SegmentLog
 from tests.file_faults import ForgetfulOps, pattern
@@ -45,6 +46,8 @@ class Written:
 class SegmentLogMachine(RuleBasedStateMachine):
     """What is synced stays until it is freed; what is found was written; nothing old comes back."""
 
+    cipher: Cipher | None = None
+
     @initialize()
     def start(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="kvd-log-"))
@@ -61,6 +64,7 @@ class SegmentLogMachine(RuleBasedStateMachine):
             SIZE,
             segment_size=SEGMENT_SIZE,
             is_direct=False,
+            cipher=self.cipher,
             ops=self.ops,
         )
 
@@ -109,6 +113,14 @@ class SegmentLogMachine(RuleBasedStateMachine):
     def free(self, data: st.DataObject) -> None:
         label = data.draw(st.sampled_from(list(self.live)))
         self.log.free(self.live.pop(label).extent)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def kill(self, data: st.DataObject) -> None:
+        label = data.draw(st.sampled_from(list(self.live)))
+        assert self.log.kill(self.live.pop(label).extent)
+        # Durably, and with all that was written to its segment.
+        self.written[label].is_over = True
 
     @precondition(lambda self: any(not s.num_extents for s in self.log.segments()))
     @rule(data=st.data())
@@ -221,3 +233,13 @@ TestSegmentLog.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+class EncryptedLogMachine(SegmentLogMachine):
+    """The same, and no byte without its key."""
+
+    cipher = Cipher(b"k" * 32)
+
+
+TestEncryptedLog = EncryptedLogMachine.TestCase
+TestEncryptedLog.settings = settings(TestSegmentLog.settings, max_examples=20)

@@ -165,14 +165,14 @@ class _Check:
 
     def _check_segment(self, slot: int) -> Iterator[int]:
         """Look at a segment; yields the offset behind each record, and the segment's end."""
-        if not S_ISREG(segment_path(self._path, slot).lstat().st_mode):
-            self._leave_alone(slot, "is no plain file")
-            return
         try:
-            with self._open(slot, os.O_RDONLY | self._direct) as fd:
-                header = self._segment_header(slot, fd)
-                if header is not None:
-                    yield from self._check_records(slot, fd, header)
+            if not S_ISREG(segment_path(self._path, slot).lstat().st_mode):
+                self._leave_alone(slot, "is no plain file")
+            else:
+                with self._open(slot, os.O_RDONLY | self._direct) as fd:
+                    header = self._segment_header(slot, fd)
+                    if header is not None:
+                        yield from self._check_records(slot, fd, header)
         except OSError as error:
             self._give_up(slot, f"cannot be read: {error.strerror}")
         yield self._log.segment_size
