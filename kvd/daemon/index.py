@@ -130,16 +130,24 @@ class ChunkIndex:
         """Queue a layout. Raises `InvalidRequest` for one of more than 64 KiB."""
         self._queue_change(frames.pack_put(pack_layout(fingerprint, encoded)))
 
-    async def commit(self) -> None:
-        """Return when all that was queued before the call is durable. Those who wait share
-        transactions. A power cut may still take the last transaction as a whole: until the next
-        one, or a second of quiet.
+    async def commit(self, *, is_final: bool = False) -> None:
+        """Return when all that was queued before the call is durable, and what the index was begun
+        anew with. Those who wait share transactions. A power cut may still take the last
+        transaction as a whole, until the next one or a second of quiet, unless this one `is_final`.
 
         Raises `TierFailed` where the index fails before that: what was committed before stays.
         Cancellation leaves the changes queued.
         """
+        if self._beginning.locked():
+            async with self._beginning:
+                pass
+        await self._commit(is_final=is_final)
+
+    async def _commit(self, *, is_final: bool) -> None:
         if not self._is_open:
             raise TierFailed(f"the index keeps nothing: {self.failure}")
+        if is_final:
+            self._queue_change(frames.pack_sync())
         self._send()
         await self._queue.wait()
 
@@ -173,7 +181,7 @@ class ChunkIndex:
             try:
                 if self._is_open:
                     async with asyncio.timeout(PATIENCE_S):
-                        await self.commit()
+                        await self._commit(is_final=True)
             except (TierFailed, TimeoutError) as error:
                 LOGGER.warning("event=index_not_committed reason=%s", error or "too slow")
             finally:

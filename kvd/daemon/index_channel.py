@@ -66,7 +66,9 @@ class IndexChannel:
 
     def send(self, kind: bytes, body: bytes = b"") -> None:
         """Hand a frame to the loop. Never waits; that it did not arrive is for `receive` to say."""
-        self._writer.write(frames.pack_frame(kind, body))
+        # uvloop raises for a transport that its peer has closed.
+        if not self._writer.is_closing():
+            self._writer.write(frames.pack_frame(kind, body))
 
     async def receive(self, patience_s: float | None) -> tuple[bytes, bytes]:
         """The next frame's kind and body. Raises `TierFailed` with what the process says of its

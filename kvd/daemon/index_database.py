@@ -29,7 +29,14 @@ from kvd.daemon.index_format import (
     parse_header,
     record_offset,
 )
-from kvd.daemon.index_frames import BODY_SIZE, PUT, changes, parse_delete
+from kvd.daemon.index_frames import (
+    BODY_SIZE,
+    DELETE,
+    PUT,
+    SYNC,
+    changes,
+    parse_delete,
+)
 from kvd.errors import Corrupt, Unsupported
 
 DATA_NAME = "data.mdb"
@@ -77,10 +84,12 @@ class Database:
 
     def write(self, body: bytes) -> None:
         """Apply changes, all or none. In place they are durable then; but a power cut may take all
-        of the last ones.
+        of the last ones, unless a SYNC is among them.
         """
         self._transact(lambda txn: _apply(txn, body))
         self._filled(len(body))
+        if any(kind == SYNC for kind, _ in changes(body)):
+            self.sync()
 
     def place(self, *, is_complete: bool) -> None:
         """Become the database that is there. A crash leaves the old one or this one, whole."""
@@ -226,7 +235,7 @@ def _apply(txn: lmdb.Transaction[bytes], body: bytes) -> int:
         if kind == PUT:
             replaced = txn.replace(change[:NAME_SIZE], change[NAME_SIZE:])
             total += checksum_of(change) - (checksum_of(replaced) if replaced else 0)
-        else:
+        elif kind == DELETE:
             name, offset = parse_delete(change)
             value = txn.get(name)
             # A newer copy at another place stays.

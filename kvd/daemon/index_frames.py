@@ -14,7 +14,8 @@
       FAILED   UTF-8: why it is not done. The process ends; what was done before stays
 
 A change is a u32 of the bytes that follow, then 1 byte PUT and an entry, or 1 byte DELETE, a
-database key and a u64 offset. At most one of LOOK, BEGIN, WRITE, PLACE is under way. The index ends
+database key and a u64 offset, or 1 byte SYNC: when the transaction is durable, no power cut shall
+take it either. At most one of LOOK, BEGIN, WRITE, PLACE is under way. The index ends
 at the end of its input. This is no format of anything kept: both ends are always of one version.
 """
 
@@ -36,6 +37,7 @@ FAILED = b"f"
 
 PUT = 0
 DELETE = 1
+SYNC = 2
 
 # What one frame carries where there is more to say: large enough that a frame costs nothing, small
 # enough that neither end stands still over it for long.
@@ -69,6 +71,11 @@ def pack_put(entry: bytes) -> bytes:
 def pack_delete(name: bytes, offset: int) -> bytes:
     """The change that takes a record away, if it is at `offset` of the segment log."""
     return b"%b\1%b%b" % (_SIZE.pack(9 + len(name)), name, _OFFSET.pack(offset))
+
+
+def pack_sync() -> bytes:
+    """The change that changes nothing, and makes all before it safe from a power cut."""
+    return _SIZE.pack(1) + bytes([SYNC])
 
 
 def parse_delete(change: bytes) -> tuple[bytes, int]:

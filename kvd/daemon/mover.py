@@ -205,7 +205,7 @@ class Mover:
             self._to_commit.set()
         try:
             async with asyncio.timeout_at(max(give_up, self._loop.time() + 0.01)):
-                await self.index.commit()
+                await self.index.commit(is_final=not num_pending)
         except TimeoutError:
             return PersistCount(0, len(entries), "")
         except TierFailed as error:
@@ -451,7 +451,8 @@ class Mover:
         try:
             await self.index.reset(records, layouts)
             log.info("event=index_rebuilt records=%d", len(records))
-        except TierFailed as error:
+        except (TierFailed, OSError) as error:
+            # OSError where no process can be started for want of descriptors or memory.
             log.error("event=index_rebuild_failed reason=%r", str(error))
 
     # Failures.
