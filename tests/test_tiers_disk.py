@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -157,4 +156,4 @@ class TestSizes:
         # 64 MiB of chunks do not fit 32: some are there, within the bound.
         assert 0 < found_again(tmp_path, prompts=8, nvme_size="48MiB") < 64
         files = (tmp_path / "nvme").glob("segment-*")
-        assert sum(os.stat(path).st_size for path in files) <= 48 << 20
+        assert sum(path.stat().st_size for path in files) <= 48 << 20

@@ -19,7 +19,7 @@ import pytest
 
 from kvd.errors import TierFailed
 from tests.forgetful_device import FSYNC, READ, WRITE, Disk, empty_disk, find_obstacle
-from tests.tier_judge import PATIENCE_S, TierDaemon, Writers, judge, until
+from tests.tier_judge import PATIENCE_S, TierDaemon, Writers, judge
 from tests.tier_writer import keys_of, load, store
 
 DISK_SIZE = 160 << 20
