@@ -14,7 +14,8 @@ from uuid import uuid4
 from kvd import __version__
 from kvd.chunk import Fingerprint
 from kvd.daemon.directory import Entry
-from kvd.daemon.store import ChunkStore, Lower
+from kvd.daemon.roles import Lower
+from kvd.daemon.store import ChunkStore
 from kvd.errors import InvalidRequest, KvdError, Unavailable
 from kvd.keys import split_keys
 from kvd.layout import KVLayout

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 from kvd.chunk import ChunkMeta, Extent
 from kvd.daemon.directory import Entry
-from kvd.errors import InvalidRequest
+from kvd.errors import InvalidRequest, UnknownLease
 
 LEASE_NS_DEFAULT = 30 * 10**9
 LEASE_NS_MAX = 3600 * 10**9
@@ -55,6 +58,80 @@ class WriteLease(Lease):
 
     metas: list[ChunkMeta] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)
+
+
+class LeaseBook:
+    """The open leases of a store, and which of them are overdue."""
+
+    def __init__(self) -> None:
+        self.num_pinned = 0
+        self.num_reserved = 0
+        self._open: dict[int, ReadLease | WriteLease] = {}
+        self._ids = count(1)
+        # (deadline when it was noted, id); a renewed lease is looked at again later.
+        self._expiries: list[tuple[int, int]] = []
+
+    def next_id(self) -> int:
+        """A number that no lease has had."""
+        return next(self._ids)
+
+    def open(self, lease: ReadLease | WriteLease) -> None:
+        """The lease is given out."""
+        self._open[lease.id] = lease
+        if isinstance(lease, ReadLease):
+            self.num_pinned += 1
+        else:
+            self.num_reserved += len(lease.extents)
+        heapq.heappush(self._expiries, (lease.deadline_ns, lease.id))
+
+    def end(self, lease: ReadLease | WriteLease) -> None:
+        """Its session has let go of it."""
+        del self._open[lease.id]
+        if isinstance(lease, ReadLease):
+            self.num_pinned -= 1
+        else:
+            self.num_reserved -= len(lease.extents)
+
+    def get(self, lease_id: int) -> ReadLease | WriteLease:
+        """An open lease. Raises `UnknownLease`."""
+        lease = self._open.get(lease_id)
+        if lease is None:
+            raise UnknownLease(
+                f"lease {lease_id} is not open: committed or released already, or never granted"
+            )
+        return lease
+
+    def get_write(self, lease_id: int) -> WriteLease:
+        """An open reservation. Raises `UnknownLease`."""
+        lease = self.get(lease_id)
+        if not isinstance(lease, WriteLease):
+            raise UnknownLease(f"lease {lease_id} is a pin, there is nothing to commit")
+        return lease
+
+    def reads(self) -> list[ReadLease]:
+        """Open pins; those that are expired have no entries."""
+        return [lease for lease in self._open.values() if isinstance(lease, ReadLease)]
+
+    def writes(self) -> list[WriteLease]:
+        """Open reservations, expired ones among them."""
+        return [lease for lease in self._open.values() if isinstance(lease, WriteLease)]
+
+    def overdue(self, now_ns: int) -> Iterator[ReadLease | WriteLease]:
+        """Leases whose deadline and grace have passed, each once."""
+        while self._expiries and self._expiries[0][0] + GRACE_NS < now_ns:
+            _, lease_id = heapq.heappop(self._expiries)
+            lease = self._open.get(lease_id)
+            if lease is None or lease.is_expired:
+                continue
+            if lease.deadline_ns + GRACE_NS >= now_ns:
+                heapq.heappush(self._expiries, (lease.deadline_ns, lease_id))
+                continue
+            yield lease
+
+    def check(self) -> None:
+        """Assert that the counts are right. O(n), for audits and tests."""
+        assert self.num_pinned == len(self.reads())
+        assert self.num_reserved == sum(len(lease.extents) for lease in self.writes())
 
 
 def check_lease_ns(lease_ns: int) -> None:

@@ -28,8 +28,9 @@ from kvd.daemon.arrival import Arrival
 from kvd.daemon.directory import Entry
 from kvd.daemon.index import ChunkIndex, IndexRecord
 from kvd.daemon.labels import NO_TENANT, check_label, encode_label
+from kvd.daemon.roles import PersistCount, ScrubCount
 from kvd.daemon.shelf import Shelf
-from kvd.daemon.store import ChunkStore, PersistCount, ScrubCount
+from kvd.daemon.store import ChunkStore
 from kvd.daemon.upkeep import Upkeep
 from kvd.errors import Corrupt, TierFailed
 from kvd.keys import short

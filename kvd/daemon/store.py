@@ -15,20 +15,20 @@ as `now_ns`. A failed call leaves everything as it was; the one exception is `Me
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import chain, count
-from typing import Any, Literal, NamedTuple, Protocol
+from itertools import chain
+from typing import Literal
 
 from kvd.chunk import ChunkMeta, Extent, Fingerprint, Placement
 from kvd.daemon.arrival import Arrival
 from kvd.daemon.directory import Directory, Entry
 from kvd.daemon.eviction.base import EvictionPolicy
 from kvd.daemon.labels import tenant_of
-from kvd.daemon.leases import GRACE_NS, ReadLease, WriteLease, Writer, check_lease_ns
+from kvd.daemon.leases import LeaseBook, ReadLease, WriteLease, Writer, check_lease_ns
 from kvd.daemon.memory import Memory
-from kvd.errors import InvalidRequest, LayoutMismatch, LeaseExpired, TooLarge, UnknownLease
+from kvd.daemon.roles import HotSet, Lower
+from kvd.errors import InvalidRequest, LayoutMismatch, LeaseExpired, TooLarge
 from kvd.keys import ChunkKey, PackedKeys, short
 from kvd.layout import KVLayout
 from kvd.tiers.cpu import CpuTier
@@ -41,108 +41,6 @@ LAYOUTS_MAX = 65536
 PREFETCHES_MAX = 32
 
 ReserveState = Literal["granted", "exists", "busy", "full"]
-
-
-class PersistCount(NamedTuple):
-    """Chunks that are durable, those that are being written, and why others cannot be."""
-
-    num_durable: int
-    num_pending: int
-    reason: str
-
-
-class ScrubCount(NamedTuple):
-    """Records and bytes that a pass has verified, those it has to, and those that were bad."""
-
-    is_running: bool = False
-    num_done: int = 0
-    num_all: int = 0
-    num_bad: int = 0
-    size_done: int = 0
-    size_all: int = 0
-
-
-class Lower(Protocol):
-    """What lies below memory, as the store sees it. What is not `async` does not wait."""
-
-    def is_owed(self, entry: Entry) -> bool:
-        """Whether a chunk without a copy on disk should have one before it leaves memory."""
-        ...
-
-    def fetch(self, arrival: Arrival) -> None:
-        """Read a chunk into its extent, then call `land` or `lose`."""
-        ...
-
-    def drop(self, entry: Entry) -> None:
-        """The entry's copy on disk is nobody's any more."""
-        ...
-
-    def wake(self, committed: Sequence[Entry] = ()) -> None:
-        """There may be something to write; these are new."""
-        ...
-
-    def has_room(self, size: int) -> bool:
-        """Whether `size` bytes of memory can be had at once without losing what is owed to disk, or
-        waiting would be of no use.
-        """
-        ...
-
-    async def make_room(self, size: int, timeout_s: float) -> None:
-        """Wait until `has_room`, or as long as `timeout_s`."""
-        ...
-
-    async def persist(self, entries: Sequence[Entry], timeout_s: float) -> PersistCount:
-        """Write chunks to disk now; what has become of them when all are durable, or the time is
-        over.
-        """
-        ...
-
-    def facts(self) -> dict[str, Any]:
-        """What `kvd status` says of the tier, by the names of its message."""
-        ...
-
-    def check(self, entries: Iterable[Entry]) -> None:
-        """Assert that it knows exactly those of `entries` that are on disk. O(n), for audits."""
-        ...
-
-    def scrub(self, rate: int) -> None:
-        """Begin a pass over everything on disk, at `rate` bytes a second, unless there is one."""
-        ...
-
-    @property
-    def scrubbed(self) -> ScrubCount:
-        """How far the pass has come, or where the last one ended."""
-        ...
-
-
-class HotSet(Protocol):
-    """What remembers memory beyond the daemon's life, as the store sees it. No method waits."""
-
-    def write(self, extent: Extent, writer: Writer | None) -> bool:
-        """An extent is about to be written, by a client or (None) by the daemon; False if it cannot
-        be remembered: then it must not be used.
-        """
-        ...
-
-    def keep(self, entry: Entry) -> None:
-        """The entry's copy in memory is complete."""
-        ...
-
-    def erase(self, extent: Extent) -> None:
-        """The extent is about to be free."""
-        ...
-
-    def stopped(self, tokens: Iterable[int]) -> None:
-        """Nobody writes any more in the sessions of these tokens."""
-        ...
-
-    def verify(self, arrival: Arrival) -> None:
-        """See whether the bytes of a chunk from before are what they were, then call `verified`."""
-        ...
-
-    def check(self, num_extents: int) -> None:
-        """Assert that so many extents are remembered."""
-        ...
 
 
 class ChunkStore:
@@ -169,18 +67,23 @@ class ChunkStore:
         self._checking: dict[Entry, Arrival] = {}
         self._strays: set[Extent] = set()
         self._demoting: set[Entry] = set()
-        self._leases: dict[int, ReadLease | WriteLease] = {}
-        self._lease_ids = count(1)
-        self._expiries: list[tuple[int, int]] = []
+        self._leases = LeaseBook()
         # Keys that somebody is writing, with the lease that does.
         self._writing: dict[ChunkKey, WriteLease] = {}
-        # Open read leases, and extents that are written or that a late writer may still write.
-        self.num_pinned = 0
-        self.num_reserved = 0
         # Entries that an operator holds.
         self._held: set[Entry] = set()
         # One int object a size, not one a chunk: a million chunks feel it.
         self._sizes: dict[int, int] = {}
+
+    @property
+    def num_pinned(self) -> int:
+        """Open read leases."""
+        return self._leases.num_pinned
+
+    @property
+    def num_reserved(self) -> int:
+        """Extents that are written, or that a late writer may still write."""
+        return self._leases.num_reserved
 
     def declare(self, layout: KVLayout) -> Fingerprint:
         """Make a layout known; its fingerprint names it from now on. Twice is once."""
@@ -245,7 +148,7 @@ class ChunkStore:
             )
         states: list[ReserveState] = []
         lease = WriteLease(
-            next(self._lease_ids), now_ns + lease_ns, is_shared=is_shared, writer=writer
+            self._leases.next_id(), now_ns + lease_ns, is_shared=is_shared, writer=writer
         )
         family = self._family(metas)
         for entry in family:
@@ -260,7 +163,7 @@ class ChunkStore:
         self.counters["reserve_full"] += states.count("full")
         if not lease.extents:
             return None, states
-        self._open(lease)
+        self._leases.open(lease)
         return lease, states
 
     def commit(self, lease_id: int, checksums: Sequence[int], *, now_ns: int) -> int:
@@ -270,7 +173,7 @@ class ChunkStore:
         lease stays to be released, for its extents are reused only when the writer says that it has
         stopped.
         """
-        lease = self._write_lease(lease_id)
+        lease = self._leases.get_write(lease_id)
         if checksums and len(checksums) != len(lease.metas):
             raise InvalidRequest(
                 f"{len(lease.metas)} checksums wanted or none, found {len(checksums)}"
@@ -280,7 +183,7 @@ class ChunkStore:
             raise LeaseExpired(
                 f"lease {lease_id} ended before its commit; release it, then reserve again"
             )
-        self._end(lease)
+        self._leases.end(lease)
         entries: list[Entry] = []
         # The tail first: what is inserted last is evicted last.
         for index in reversed(range(len(lease.metas))):
@@ -342,8 +245,8 @@ class ChunkStore:
         if self._unverified:
             self._verify(entries)
         self.counters["pin_bytes"] += sum(entry.size for entry in entries)
-        lease = ReadLease(next(self._lease_ids), now_ns + lease_ns, entries=entries)
-        self._open(lease)
+        lease = ReadLease(self._leases.next_id(), now_ns + lease_ns, entries=entries)
+        self._leases.open(lease)
         return lease, found
 
     def arrival(self, entry: Entry) -> Arrival | None:
@@ -374,7 +277,7 @@ class ChunkStore:
         `LeaseExpired`.
         """
         check_lease_ns(lease_ns)
-        lease = self._lease(lease_id)
+        lease = self._leases.get(lease_id)
         if lease.is_expired or now_ns > lease.deadline_ns:
             raise LeaseExpired(f"lease {lease_id} has ended and cannot be renewed")
         lease.deadline_ns = max(lease.deadline_ns, now_ns + lease_ns)
@@ -382,9 +285,9 @@ class ChunkStore:
 
     def release(self, lease_id: int) -> None:
         """End a lease: its pins are gone, its uncommitted extents free. Raises `UnknownLease`."""
-        lease = self._lease(lease_id)
+        lease = self._leases.get(lease_id)
         self._expire(lease)
-        self._end(lease)
+        self._leases.end(lease)
         if isinstance(lease, WriteLease):
             self._free(lease)
 
@@ -393,14 +296,7 @@ class ChunkStore:
         were.
         """
         ended = 0
-        while self._expiries and self._expiries[0][0] + GRACE_NS < now_ns:
-            _, lease_id = heapq.heappop(self._expiries)
-            lease = self._leases.get(lease_id)
-            if lease is None or lease.is_expired:
-                continue
-            if lease.deadline_ns + GRACE_NS >= now_ns:
-                heapq.heappush(self._expiries, (lease.deadline_ns, lease_id))
-                continue
+        for lease in self._leases.overdue(now_ns):
             self._expire(lease)
             ended += 1
         self.counters["leases_expired"] += ended
@@ -410,7 +306,7 @@ class ChunkStore:
         """An open lease whose deadline has not passed unnoticed, for byte transfers. Raises
         `UnknownLease`, `LeaseExpired`.
         """
-        lease = self._lease(lease_id)
+        lease = self._leases.get(lease_id)
         if lease.is_expired:
             raise LeaseExpired(f"lease {lease_id} has ended")
         return lease
@@ -571,7 +467,7 @@ class ChunkStore:
         orphans = [entry for entry in self._demoting if not self._is_listed(entry)]
         present = [entry for entry in self.directory if entry.in_memory] + orphans
         extents = [entry.in_memory.extent for entry in present if entry.in_memory]
-        writing = [lease for lease in self._leases.values() if isinstance(lease, WriteLease)]
+        writing = self._leases.writes()
         filled = [extent for lease in writing for extent in lease.extents]
         filled += [arrival.extent for arrival in self._arriving.values()]
         filled += self._strays
@@ -600,15 +496,13 @@ class ChunkStore:
             meta.key: lease for lease in writing if not lease.is_expired for meta in lease.metas
         }
         assert live == self._writing
-        assert self.num_pinned == sum(isinstance(x, ReadLease) for x in self._leases.values())
-        assert self.num_reserved == sum(len(lease.extents) for lease in writing)
+        self._leases.check()
         assert self._held == {entry for entry in self.directory if entry.is_held}
 
     def _check_pins(self, orphans: Sequence[Entry]) -> None:
         pins: Counter[Entry] = Counter()
-        for lease in self._leases.values():
-            if isinstance(lease, ReadLease) and not lease.is_expired:
-                pins.update(lease.entries)
+        for lease in self._leases.reads():
+            pins.update(lease.entries)
         pins.update(self._demoting)
         pins.update(self._arriving.keys())
         listed = [*self.directory, *orphans]
@@ -670,7 +564,7 @@ class ChunkStore:
 
     def _pinned_families(self, pinned: Iterable[Entry] = ()) -> set[Entry]:
         """What is pinned, leased or held, and all that it continues."""
-        leases = [lease for lease in self._leases.values() if isinstance(lease, ReadLease)]
+        leases = self._leases.reads()
         blocked: set[Entry] = set()
         for entry in chain(pinned, self._held, *(lease.entries for lease in leases)):
             ancestor: Entry | None = entry
@@ -823,21 +717,6 @@ class ChunkStore:
                 return
             self.counters["prefetch_chunks"] += 1
 
-    def _open(self, lease: ReadLease | WriteLease) -> None:
-        self._leases[lease.id] = lease
-        if isinstance(lease, ReadLease):
-            self.num_pinned += 1
-        else:
-            self.num_reserved += len(lease.extents)
-        heapq.heappush(self._expiries, (lease.deadline_ns, lease.id))
-
-    def _end(self, lease: ReadLease | WriteLease) -> None:
-        del self._leases[lease.id]
-        if isinstance(lease, ReadLease):
-            self.num_pinned -= 1
-        else:
-            self.num_reserved -= len(lease.extents)
-
     def _expire(self, lease: ReadLease | WriteLease) -> None:
         """Take what a lease keeps others from. A write lease keeps its extents: its writer may not
         have noticed yet.
@@ -849,7 +728,7 @@ class ChunkStore:
             for meta in lease.metas:
                 del self._writing[meta.key]
             if not lease.is_shared:
-                self.num_reserved -= len(lease.extents)
+                self._leases.num_reserved -= len(lease.extents)
                 self._free(lease)
             return
         for entry in lease.entries:
@@ -861,17 +740,3 @@ class ChunkStore:
             self.memory.unreserve(extent)
             self._free_extent(extent)
         lease.extents = []
-
-    def _lease(self, lease_id: int) -> ReadLease | WriteLease:
-        lease = self._leases.get(lease_id)
-        if lease is None:
-            raise UnknownLease(
-                f"lease {lease_id} is not open: committed or released already, or never granted"
-            )
-        return lease
-
-    def _write_lease(self, lease_id: int) -> WriteLease:
-        lease = self._lease(lease_id)
-        if not isinstance(lease, WriteLease):
-            raise UnknownLease(f"lease {lease_id} is a pin, there is nothing to commit")
-        return lease

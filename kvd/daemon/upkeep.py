@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 from kvd.chunk import Placement
 from kvd.daemon.directory import Entry
 from kvd.daemon.labels import check_label
+from kvd.daemon.roles import ScrubCount
 from kvd.daemon.shelf import (
     COPY_FRACTION,
     COPY_FRACTION_OF_ONE,
     choose_segment,
     worth_a_copy,
 )
-from kvd.daemon.store import ChunkStore, ScrubCount
+from kvd.daemon.store import ChunkStore
 from kvd.errors import Corrupt, InvalidRequest, TierFailed
 from kvd.tiers.aligned import aligned_bytes
 from kvd.tiers.nvme import NvmeTier
