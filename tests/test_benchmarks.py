@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import math
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from benchmarks import nvme
 from benchmarks.common import (
     Figure,
     Median,
@@ -28,6 +32,11 @@ from benchmarks.common import (
     ratio_of,
     write_json,
 )
+from benchmarks.nvme_amplification import ReplayScale, Written, measure_amplification
+from benchmarks.nvme_promotion import Case, PromotionScale
+from benchmarks.nvme_restart import Rebuilt, RestartScale
+from benchmarks.nvme_streams import StreamScale
+from benchmarks.nvme_trace import read_prompts
 
 RATIO = Median(value=0.91234567, low=0.88, high=0.93, samples=30)
 
@@ -177,6 +186,119 @@ def test_cores_are_given_back() -> None:
 
 def test_the_cpu_clock_of_a_process_is_its_own() -> None:
     assert 0 < cpu_ns(os.getpid()) <= cpu_ns(os.getpid())
+
+
+def session_line(number: int) -> str:
+    """A session of twelve requests: each goes on from the one before, with 40 blocks more."""
+    requests = [
+        [10.0 * index, 64 * 40 * (index + 1), 10, 40 * index, [[40 * index, 40]], 0]
+        for index in range(12)
+    ]
+    session = {"id": f"s{number}", "bs": 64, "tool": 512, "sys": 256, "model": ["m"], "r": requests}
+    return json.dumps(session) + "\n"
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    path = tmp_path / "sessions.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(map(session_line, range(4)))
+    return path
+
+
+def test_prompts_of_a_session_share_what_they_go_on_from(trace: Path) -> None:
+    prompts = list(read_prompts(trace, bytes(32), num_sessions=1))
+    assert [len(prompt.keys) for prompt in prompts] == list(range(10, 121, 10))
+    assert prompts == sorted(prompts, key=lambda prompt: prompt.at_s)
+    for before, after in pairwise(prompts):
+        assert after.keys[: len(before.keys)] == before.keys
+
+
+def test_sessions_share_tools_and_system_prompt_and_nothing_behind_them(trace: Path) -> None:
+    prompts = list(read_prompts(trace, bytes(32), num_sessions=4))
+    last = sorted((prompt.keys for prompt in prompts), key=len)[-4:]
+    # 768 tokens are three chunks.
+    assert len({keys[:3] for keys in last}) == 1
+    assert len({keys[3] for keys in last}) == 4
+    assert read_prompts(trace, bytes(32), num_sessions=4).__next__() == prompts[0]
+
+
+def test_the_nvme_benchmark_gives_every_figure(
+    tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chunk_size = 64 << 10
+    scale = nvme.Scale(
+        streams=StreamScale(
+            record_sizes=(chunk_size,), segment_size=1 << 20, rounds=2, rival_every=2
+        ),
+        restart=RestartScale(
+            count=300,
+            rounds=1,
+            rebuilds=(Rebuilt(100, 4096), Rebuilt(20, chunk_size)),
+            rebuild_rounds=1,
+        ),
+        replay=ReplayScale(
+            num_sessions=4,
+            chunk_size=chunk_size,
+            memory_part=0.3,
+            disk_parts=(0.4,),
+            plain_parts=(0.4,),
+        ),
+        promotion=PromotionScale(
+            cases=(Case(size=chunk_size, count=1), Case(size=chunk_size, count=8)),
+            cpu_size=2 << 20,
+            disk_size=8 << 20,
+            rounds=2,
+        ),
+    )
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    flags = ["--path", str(folder), "--trace", str(trace), "--json", "-"]
+    assert nvme.main(flags, scale=scale) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["benchmark"] == "nvme"
+    assert report["host"] == host_facts()
+    targets = {
+        "durable_write_vs_plain": 0.9,
+        "cold_read_vs_plain": 0.9,
+        "restart_100k_s": 2.0,
+        "rebuild_vs_device": 0.5,
+        "write_amplification": 1.2,
+        "promotion_overhead": 0.1,
+        "first_layer_fraction": 0.5,
+    }
+    assert {figure["name"]: figure["target"] for figure in report["figures"]} == targets
+    for figure in report["figures"]:
+        assert math.isfinite(figure["value"]), figure
+    values = {figure["name"]: figure["value"] for figure in report["figures"]}
+    # What no machine's speed can change.
+    assert values["write_amplification"] >= 1.0
+    assert 0 < values["first_layer_fraction"] <= 1.0
+    assert values["promotion_overhead"] > -1.0
+    assert report["table"][0]["direct"] in ("yes", "no")
+    assert not list(folder.iterdir()), "the benchmark has left something"
+
+
+def test_without_a_trace_its_figure_says_how_to_name_one(tmp_path: Path) -> None:
+    figures, rows = measure_amplification(tmp_path, None, ReplayScale())
+    assert [figure.value for figure in figures] == [None]
+    assert "--trace" in figures[0].note
+    assert rows == []
+
+
+def test_bytes_that_are_written_again_are_amplification() -> None:
+    steady = Written(first=100, again=5, copied=10, log=119, index=1) - Written(0, 0, 0, 0, 0)
+    assert steady.amplification == 1.2
+    assert Written(0, 0, 0, 0, 0).amplification == 1.0
+
+
+def test_headers_and_index_do_not_grow_with_the_payload() -> None:
+    # 200 bytes came once, 20 were copied; 20 of header and 20 of index come with them.
+    steady = Written(first=200, again=0, copied=20, log=240, index=20)
+    assert steady.amplification == 1.3
+    assert steady.with_payloads(1000, measured=100) == (220 + 4) / 200
+    assert steady.with_payloads(100, measured=100) == steady.amplification
+    assert Written(0, 0, 0, 0, 0).with_payloads(1, measured=1) == 1.0
 
 
 def _text(console: Console) -> str:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvd.arena import HUGE_PAGE_SIZE, Arena
-from kvd.chunk import ChunkMeta, Fingerprint
+from kvd.chunk import ChunkMeta, Extent, Fingerprint, Placement
+from kvd.daemon.arrival import Arrival
+from kvd.daemon.directory import Entry
 from kvd.daemon.eviction.lru import Lru
 from kvd.daemon.leases import GRACE_NS, LEASE_NS_MAX, ReadLease, WriteLease
 from kvd.daemon.store import ChunkStore
@@ -499,3 +501,92 @@ def test_bytes_of_a_pinned_chunk_stay_while_others_are_written() -> None:
             store.tier.view(extent)[:] = 255
         store.commit(writing.id, (), now_ns=0)
     assert np.array_equal(store.tier.view(held.entries[0].placement.extent), pattern)
+
+
+class Below:
+    """A disk tier of which the test says when what becomes of a chunk."""
+
+    def __init__(self) -> None:
+        self.arrivals: list[Arrival] = []
+        self.dropped: list[Entry] = []
+
+    def is_owed(self, entry: Entry) -> bool:
+        return False
+
+    def fetch(self, arrival: Arrival) -> None:
+        self.arrivals.append(arrival)
+
+    def drop(self, entry: Entry) -> None:
+        self.dropped.append(entry)
+
+    def wake(self, committed: Sequence[Entry] = ()) -> None:
+        pass
+
+    def check(self, entries: object) -> None:
+        pass
+
+
+def store_with_disk(*path: int) -> tuple[ChunkStore, Below]:
+    """A store whose chunks of `path` are on disk only."""
+    store, below = new_store(), Below()
+    store.lower = below  # type: ignore[assignment]
+    for index, meta in enumerate(chain(path)):
+        extent = Extent("nvme", index << 20, LAYOUT.size(16))
+        store.restore(meta, Placement(extent, checksum=index + 1))
+    return store, below
+
+
+class TestArrivals:
+    def test_a_pin_brings_what_is_on_disk(self) -> None:
+        store, below = store_with_disk(1, 2)
+        lease = pin(store, (1, 2))
+        assert [store.ready_size(entry) for entry in lease.entries] == [0, 0]
+        store.check()
+        for arrival in below.arrivals:
+            arrival.ready = arrival.extent.size
+            store.land(arrival)
+        store.check()
+        assert [store.ready_size(entry) for entry in lease.entries] == [LAYOUT.size(16)] * 2
+        # A second pin finds them in memory.
+        pin(store, (1, 2))
+        assert len(below.arrivals) == 2
+
+    def test_what_is_lost_on_the_way_keeps_its_bytes_for_those_who_read_them(self) -> None:
+        store, below = store_with_disk(1)
+        lease = pin(store, (1,))
+        (arrival,) = below.arrivals
+        arrival.ready = 4096
+        store.lose(arrival)
+        store.check()
+        assert store.ready_size(lease.entries[0]) is None
+        assert store.lookup(keys_of((1,))) == 0
+        # The reader may be copying the first 4096 bytes: nobody else gets them meanwhile.
+        granted = [put(store, (7, index)) for index in range(8)]
+        assert store.tier.num_extents == 8
+        offsets = {entry.placement.extent.offset for entry in store.directory}
+        assert arrival.extent.offset not in offsets, granted
+        store.release(lease.id)
+        store.check()
+        assert store.tier.num_extents == 7
+
+    def test_a_chunk_cleared_on_the_way_is_gone_when_it_comes(self) -> None:
+        store, below = store_with_disk(1)
+        store.lookup(keys_of((1,)), prefetch_at_ns=0)
+        (arrival,) = below.arrivals
+        assert store.drop([arrival.entry]) == (1, LAYOUT.size(16))
+        assert below.dropped == [arrival.entry]
+        store.check()
+        store.land(arrival)
+        store.check()
+        assert store.tier.used == 0
+
+    def test_memory_that_is_pinned_makes_a_chunk_on_disk_a_miss(self) -> None:
+        store, below = store_with_disk(1)
+        leases = [pin(store, (5, index)) for index in range(8) if put(store, (5, index))]
+        assert leases
+        lease, found = store.pin(keys_of((1,)), ROOT, standalone=False, lease_ns=S, now_ns=0)
+        assert (lease, found) == (None, [False])
+        assert below.arrivals == []
+        store.check()
+        # It is still on disk, for a better day.
+        assert store.lookup(keys_of((1,))) == 1

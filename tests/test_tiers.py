@@ -328,3 +328,22 @@ def damage_payloads(folder: Path, *, count: int) -> None:
             byte = file.read(1)
             file.seek(at)
             file.write(bytes([byte[0] ^ 1]))
+
+
+def test_what_is_held_on_disk_stays_however_much_comes(tmp_path: Path) -> None:
+    # Segments of three chunks: whenever one is given back, its held chunk needs a place at once.
+    daemon = DaemonProcess.on_disk(tmp_path, nvme_size="64MiB", cpu_size="8MiB")
+    try:
+        with daemon.connect() as client:
+            store(client, 0, 1)
+            client.persist(timeout_s=PATIENCE_S)
+        daemon.restart()
+        with daemon.connect() as client:
+            assert client.hold(keys_of(0, 1), True) == 1
+            for prompt in range(1, 41):
+                store(client, prompt)
+                assert client.lookup(keys_of(0, 1)) == 1
+            assert client.status(audit=True).counters["nvme_evict_chunks"] > 100
+            assert load(client, 0, 1) == 1
+    finally:
+        daemon.kill()

@@ -32,7 +32,8 @@ from kvd.daemon.directory import Entry
 from kvd.daemon.eviction.lru import Lru
 from kvd.daemon.index import ChunkIndex, FoundIndex, IndexRecord
 from kvd.daemon.leases import ReadLease
-from kvd.daemon.store import ChunkStore, PersistCount
+from kvd.daemon.roles import PersistCount
+from kvd.daemon.store import ChunkStore
 from kvd.errors import TierFailed
 from kvd.keys import ChunkKey
 from kvd.layout import KVLayout

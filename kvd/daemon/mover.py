@@ -59,6 +59,9 @@ REST_S_MAX = 60.0
 # A tenant at its quota is asked again after this long.
 QUOTA_REST_S = 1.0
 
+# After these pauses a read that the device refused is tried again; then the chunk is a miss.
+READ_AGAIN_S = (0.02, 0.2)
+
 # An index that has failed is begun anew after this long.
 INDEX_REST_S = 5.0
 
@@ -283,6 +286,7 @@ class Mover:
             # One is enough to find out whether the device works again.
             return not self._writing
         if self.upkeep.is_short:
+            self._spawn(self.upkeep.reclaim_ahead())
             return False
         # What is being written cannot be evicted: most of memory must stay of use.
         size_max = self._store.tier.size * WRITING_FRACTION_MAX
@@ -479,7 +483,7 @@ class Mover:
     async def _read(self, arrival: Arrival, extent: Extent) -> None:
         entry = arrival.entry
         try:
-            await self._read_into(arrival, extent)
+            await self._read_patiently(arrival, extent)
         except TierFailed as error:
             log.error("event=read_failed chunk=%s reason=%r", short(entry.meta.key), str(error))
             self._store.counters["nvme_read_errors"] += 1
@@ -494,6 +498,17 @@ class Mover:
         finally:
             arrival.notify()
             self._tell_progress()
+
+    async def _read_patiently(self, arrival: Arrival, extent: Extent) -> None:
+        for pause_s in READ_AGAIN_S:
+            try:
+                await self._read_into(arrival, extent)
+            except TierFailed:
+                # No descriptor or no memory for a moment; a bad block is bad the next time too.
+                await asyncio.sleep(pause_s)
+            else:
+                return
+        await self._read_into(arrival, extent)
 
     async def _read_into(self, arrival: Arrival, extent: Extent) -> None:
         out = self._store.tier.view(arrival.extent)

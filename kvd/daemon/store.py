@@ -67,6 +67,8 @@ class ChunkStore:
         self._checking: dict[Entry, Arrival] = {}
         self._strays: set[Extent] = set()
         self._demoting: set[Entry] = set()
+        # What had come of chunks that were lost on the way, while somebody has them pinned.
+        self._lost: dict[Entry, Extent] = {}
         self._leases = LeaseBook()
         # Keys that somebody is writing, with the lease that does.
         self._writing: dict[ChunkKey, WriteLease] = {}
@@ -357,10 +359,16 @@ class ChunkStore:
 
     def lose(self, arrival: Arrival) -> None:
         """The chunk could not be read right: it is gone, and a miss for those who wait for it."""
-        if self._is_listed(arrival.entry):
-            self._remove(arrival.entry)
+        entry = arrival.entry
+        if self._is_listed(entry):
+            self._remove(entry)
         self._arrive(arrival)
-        self._free_extent(arrival.extent)
+        if entry.pins:
+            # Somebody may be copying what has come of it, which was right.
+            self._lost[entry] = arrival.extent
+            self.memory.reserve(arrival.extent)
+        else:
+            self._free_extent(arrival.extent)
 
     def begin_demotion(self, entry: Entry) -> None:
         """The chunk's bytes are being written to disk: they stay where they are."""
@@ -470,7 +478,7 @@ class ChunkStore:
         writing = self._leases.writes()
         filled = [extent for lease in writing for extent in lease.extents]
         filled += [arrival.extent for arrival in self._arriving.values()]
-        filled += self._strays
+        filled += [*self._strays, *self._lost.values()]
         extents += filled
         assert len({extent.offset for extent in extents}) == len(extents), "extents overlap"
         assert len(extents) == self.tier.num_extents, "an extent is leaked"
@@ -733,6 +741,10 @@ class ChunkStore:
             return
         for entry in lease.entries:
             self.memory.unpin(entry)
+            if not entry.pins and entry in self._lost:
+                extent = self._lost.pop(entry)
+                self.memory.unreserve(extent)
+                self._free_extent(extent)
         lease.entries = []
 
     def _free(self, lease: WriteLease) -> None:

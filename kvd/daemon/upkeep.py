@@ -63,6 +63,9 @@ class Upkeep:
         self._log = tier.log
         self._scrub_rate = scrub_rate
         self._reclaiming = asyncio.Lock()
+        self._is_ahead = False
+        # There was nothing to give back when it was last wanted.
+        self._is_stuck = False
         # Bytes that may be copied on.
         self._copy_size_max = int(self._log.segment_size * COPY_FRACTION_OF_ONE)
         self._copy_size = self._copy_size_max
@@ -82,12 +85,15 @@ class Upkeep:
         """Whether segments should be given back before the log is full: what is copied on then has
         a place.
         """
-        return not self._reclaiming.locked() and self._has_less_than(self._room_wanted)
+        return not self._is_ahead and self._has_less_than(self._room_wanted)
 
     @property
     def is_short(self) -> bool:
-        """Whether new writes should wait: the room that is left is for what is copied on."""
-        return self._reclaiming.locked() and self._has_less_than(self._copy_size_max)
+        """Whether new writes should wait: beside those under way, the room that is left is for what
+        is copied on. Not where nothing can be given back.
+        """
+        size = self._copy_size_max + self._store.demoting_size
+        return not self._is_stuck and self._has_less_than(size)
 
     def _has_less_than(self, size: int) -> bool:
         # An append that needs the file system says better what is wrong with it.
@@ -102,18 +108,24 @@ class Upkeep:
         return self._log.segment_size
 
     async def reclaim_ahead(self) -> None:
-        """Give segments back until there is room for the next ones."""
+        """Give segments back until there is room for the next ones; once at a time."""
+        if self._is_ahead:
+            return
+        self._is_ahead = True
         try:
             await self.reclaim(self._room_wanted)
         except TierFailed as error:
             self._mover.failed(error)
+        finally:
+            self._is_ahead = False
 
     async def reclaim(self, room: int) -> bool:
         """Give segments back until there is `room`; False if there is none left to give."""
         try:
             async with self._reclaiming:
                 while self.room < room:
-                    if not await self._reclaim_one():
+                    self._is_stuck = not await self._reclaim_one()
+                    if self._is_stuck:
                         return False
                 return True
         finally:
@@ -180,7 +192,12 @@ class Upkeep:
         try:
             header = await self._tier.read(placement.extent, out)
             check_label(entry.meta, header.label)
-            extent = await self._tier.append(header.label, out, codec=header.codec)
+            extent = await self._tier.append(
+                header.label,
+                out,
+                codec=header.codec,
+                payload_checksum=header.payload_checksum or None,
+            )
         except Corrupt as error:
             if entry.on_disk is placement and self._store.arrival(entry) is None:
                 self._mover.quarantine(entry, placement.extent, str(error))
