@@ -332,7 +332,9 @@ def damage_payloads(folder: Path, *, count: int) -> None:
 
 def test_what_is_held_on_disk_stays_however_much_comes(tmp_path: Path) -> None:
     # Segments of three chunks: whenever one is given back, its held chunk needs a place at once.
-    daemon = DaemonProcess.on_disk(tmp_path, nvme_size="64MiB", cpu_size="8MiB")
+    daemon = DaemonProcess.on_disk(
+        tmp_path, "--no-nvme-prefetch", nvme_size="64MiB", cpu_size="8MiB"
+    )
     try:
         with daemon.connect() as client:
             store(client, 0, 1)
