@@ -210,12 +210,14 @@ def unpin(remote: Remote, keys: tuple[str, ...], is_json: bool) -> int:
 
 @main.command()
 @click.option("--socket", metavar="PATH", help="Socket of a daemon that may be running.")
+@click.option("--nvme-path", metavar="DIR", help="Folder where a tier on disk would be.")
 @json_option
-def doctor(socket: str | None, is_json: bool) -> int:
+def doctor(socket: str | None, nvme_path: str | None, is_json: bool) -> int:
     """Say what this machine has for kvd. Fails if kvd cannot run here."""
     from kvd.daemon.doctor import examine, worst
 
-    findings = examine(attach=Path(socket) if socket else None)
+    disk = Path(nvme_path) if nvme_path else None
+    findings = examine(attach=Path(socket) if socket else None, disk=disk)
     verdict = worst(findings)
     if is_json:
         print_json({"verdict": verdict, "findings": [asdict(finding) for finding in findings]})

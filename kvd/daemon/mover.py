@@ -37,6 +37,7 @@ from kvd.keys import short
 from kvd.proto.convert import layout_to_message
 from kvd.tiers.nvme import NvmeTier
 from kvd.tiers.segment import RecordHeader, payload_size_max, record_size
+from kvd.tiers.segment_reader import STRIPE_SIZE
 
 log = logging.getLogger("kvd.nvme")
 
@@ -51,6 +52,10 @@ WRITES_MAX = 8
 
 # Of memory, at most about this much is being written at a time.
 WRITING_FRACTION_MAX = 0.25
+
+# A chunk up to this comes in one piece. In stripes its first layers would be there half a
+# millisecond earlier, and a batch of such chunks 5 % later, for half as much again of the CPU.
+WHOLE_SIZE_MAX = 2 << 20
 
 # After a failure of the device, writes rest; each further failure doubles the rest.
 REST_S_MIN = 1.0
@@ -522,7 +527,10 @@ class Mover:
         def check(header: RecordHeader) -> None:
             check_label(arrival.entry.meta, header.label)
 
-        await self.tier.read_stream(extent, out, check=check, progress=progress)
+        stripe_size = STRIPE_SIZE if extent.size > WHOLE_SIZE_MAX else extent.size
+        await self.tier.read_stream(
+            extent, out, check=check, progress=progress, stripe_size=stripe_size
+        )
 
     def quarantine(
         self, entry: Entry, extent: Extent, reason: str, arrival: Arrival | None = None

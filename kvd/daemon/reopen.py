@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from google.protobuf.message import DecodeError
+
 from kvd.chunk import Extent, Fingerprint, Placement
 from kvd.daemon.config import Config
 from kvd.daemon.index import ChunkIndex, IndexRecord
@@ -73,7 +75,13 @@ async def reopen(config: Config, store: ChunkStore, progress: Progress | None = 
     _declare(store, found.layouts)
     records: Iterable[IndexRecord] = found.records
     if found.reason:
-        log.warning("event=index_rebuilding reason=%r", found.reason)
+        # A new folder has no index, and nothing to rebuild it from.
+        is_new = not segment_log.segments()
+        log.log(
+            logging.INFO if is_new else logging.WARNING,
+            "event=index_rebuilding reason=%r",
+            found.reason,
+        )
         records = await asyncio.to_thread(_scan, segment_log, progress)
     count = _restore(store, mover, records)
     if found.reason:
@@ -129,10 +137,12 @@ def _declare(store: ChunkStore, layouts: dict[bytes, bytes]) -> None:
     for fingerprint, encoded in layouts.items():
         try:
             layout = layout_from_message(pb.Layout.FromString(encoded))
-        except (KvdError, ValueError):
-            continue
-        if layout.fingerprint == fingerprint:
-            store.declare(layout)
+            if layout.fingerprint == fingerprint:
+                store.declare(layout)
+        except (KvdError, ValueError, DecodeError):
+            # Its chunks are served all the same; `kvd ls` cannot describe them before it is
+            # declared again.
+            log.warning("event=layout_unreadable layout=%s", fingerprint[:4].hex())
 
 
 def _scan(segment_log: SegmentLog, progress: Progress | None) -> list[IndexRecord]:

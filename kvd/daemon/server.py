@@ -36,6 +36,7 @@ log = logging.getLogger("kvd.server")
 
 EXPIRE_EVERY_S = 1.0
 DRAIN_LOOK_EVERY_S = 0.05
+SCAN_TELL_EVERY_S = 1.0
 
 
 def run(config: Config) -> int:
@@ -60,6 +61,7 @@ class Daemon:
         self.facts = Facts(pid=os.getpid())
         self.store: ChunkStore | None = None
         self._stop = asyncio.Event()
+        self._scan_told = 0.0
 
     async def serve(self) -> int:
         """Start, serve until told to stop, drain."""
@@ -146,7 +148,11 @@ class Daemon:
         return await reopen(self.config, store, self._scanned)
 
     def _scanned(self, done: int, size: int) -> None:
-        log.info("event=scanning done=%d size=%d", done, size)
+        """A segment's headers have been read, of an index that is being rebuilt."""
+        now = time.monotonic()
+        if now > self._scan_told + SCAN_TELL_EVERY_S or done == size:
+            self._scan_told = now
+            log.info("event=scanning done=%d size=%d", done, size)
         if self._stop.is_set():
             raise _StoppedEarlyError
 
