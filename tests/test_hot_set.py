@@ -242,7 +242,8 @@ def test_thirty_kills_and_never_a_wrong_byte(tmp_path: Path) -> None:
         with daemon.connect(timeout_s=PATIENCE_S) as monitor:
             until(lambda: monitor.status(audit=True).num_sessions == 1, "a session stays open")
             assert monitor.status(audit=True).num_reserved == 0
-        assert revived > 50
+        # Else no kill found anything to find again.
+        assert revived > 5
     finally:
         for client in clients:
             client.kill()

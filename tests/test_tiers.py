@@ -40,7 +40,8 @@ def keys_of(prompt: int, count: int = 8, layout: kvd.KVLayout = LAYOUT) -> list[
 def store(client: kvd.Client, prompt: int, count: int = 8, layout: kvd.KVLayout = LAYOUT) -> None:
     keys = keys_of(prompt, count, layout)
     chunks = [pattern(key, SIZE).reshape(layout.shape(layout.chunk_tokens)) for key in keys]
-    states = client.store(layout, keys, chunks, timeout_s=PATIENCE_S)
+    # However slow the machine is: nothing is lost for want of a disk.
+    states = client.store(layout, keys, chunks, wait_s=10, timeout_s=PATIENCE_S)
     assert set(states) <= {"granted", "exists"}
 
 
@@ -48,7 +49,7 @@ def load(client: kvd.Client, prompt: int, count: int = 8, layout: kvd.KVLayout =
     """How many chunks came back; every byte of them is looked at."""
     keys = keys_of(prompt, count, layout)
     outs = [np.empty(SIZE, dtype=np.uint8) for _ in keys]
-    found = client.load(layout, keys, outs, timeout_s=PATIENCE_S)
+    found = client.load(layout, keys, outs, wait_s=10, timeout_s=PATIENCE_S)
     for key, out in zip(keys[:found], outs, strict=False):
         assert np.array_equal(out, pattern(key, SIZE))
     return found

@@ -120,13 +120,8 @@ class Lease:
         if not self._ready:
             return
         give_up = time.monotonic() + timeout_s
-        good: list[int] = []
         try:
-            for index in range(len(self)):
-                if self.wait(index, timeout_s=max(give_up - time.monotonic(), 0.001)):
-                    good.append(index)
-                elif not standalone:
-                    break
+            good = self._wait_for_all(give_up, standalone=standalone)
         except BaseException:
             if not self.is_released:
                 self.release()
@@ -138,6 +133,28 @@ class Lease:
                 values = getattr(self, name)
                 setattr(self, name, [values[index] for index in good] if values else values)
         self._ready = []
+
+    def _wait_for_all(self, give_up: float, *, standalone: bool) -> list[int]:
+        """The chunks that are whole; of a chain, those before the first that is lost."""
+        good: list[int] = []
+        index = 0
+        while index < len(self):
+            self.check()
+            left_s = max(give_up - time.monotonic(), 0.001)
+            timeout_ns = min(int(left_s * 1e9), WAIT_NS_MAX)
+            message = pb.WaitRequest(
+                lease=self._id, index=index, timeout_ns=timeout_ns, is_rest=True
+            )
+            reply = self._connection.call(pb.Request(wait=message), left_s + 1.0).wait
+            good += range(index, index + reply.num_ready)
+            index += reply.num_ready
+            if reply.is_lost:
+                if not standalone:
+                    break
+                index += 1
+            elif index < len(self) and time.monotonic() > give_up:
+                raise DeadlineExceeded(f"{len(good)} of {len(self)} chunks came from disk in time")
+        return good
 
     def raw(self, index: int) -> NDArray[np.uint8]:
         """`uint8 [size]` of one chunk: a view of the arena, or, without shared memory, a copy of

@@ -20,9 +20,9 @@ from kvd.daemon.eviction.base import EvictionPolicy
 from kvd.daemon.eviction.window import Run, cheapest_window
 from kvd.tiers.cpu import CpuTier
 
-# Chunks whose write to disk is owed and that one search for room passes over: enough for the writes
-# under way, few enough that a disk that is far behind costs a search no time.
-LATE_CHUNKS_MAX = 64
+# Chunks whose write to disk is owed and that one search for room passes over: many, for each that
+# is not is lost, and few enough that a disk that is far behind costs half a millisecond.
+LATE_CHUNKS_MAX = 1024
 
 
 class Memory:

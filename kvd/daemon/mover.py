@@ -71,7 +71,7 @@ READ_AGAIN_S = (0.02, 0.2)
 INDEX_REST_S = 5.0
 
 # The index is committed at most so often, unless somebody waits for it.
-COMMIT_EVERY_S = 0.1
+COMMIT_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +120,7 @@ class Mover:
         self._killed: set[Entry] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._started = self._loop.time()
+        self._is_closing = False
 
     def start(self) -> None:
         """Begin to write and to watch."""
@@ -140,6 +141,7 @@ class Mover:
                 found.num_pending,
                 flush_s - (give_up - self._loop.time()),
             )
+        self._is_closing = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, *self._writing, *self._readers(), return_exceptions=True)
@@ -190,8 +192,12 @@ class Mover:
         self._wakeup.set()
 
     def has_room(self, size: int) -> bool:
-        size = min(size, self._store.tier.size)
-        return size <= self._store.memory.ready_size or self._is_resting
+        memory = self._store.memory
+        size = min(size, memory.tier.size)
+        if size <= memory.tier.size - memory.tier.used or self._is_resting:
+            return True
+        # What goes first has to be written, wherever else there are chunks that are.
+        return size <= memory.ready_size and not memory.owed(size, SEARCH_MAX)
 
     async def make_room(self, size: int, timeout_s: float) -> None:
         give_up = self._loop.time() + timeout_s
@@ -225,8 +231,16 @@ class Mover:
         num_durable = sum(entry.on_disk is not None for entry in entries)
         reason = ""
         if num_durable + num_pending < len(entries):
-            reason = self.failure or self._refusal or "chunks left before they were written"
+            reason = self._reason(entries)
         return PersistCount(num_durable, num_pending, reason)
+
+    def _reason(self, entries: Sequence[Entry]) -> str:
+        """Why not all of `entries` are on disk."""
+        longest = payload_size_max(self._log.segment_size)
+        largest = max(entry.size for entry in entries)
+        if largest > longest:
+            return f"a chunk has {largest} bytes, a segment of this tier holds {longest}"
+        return self.failure or self._refusal or "chunks left before they were written"
 
     def facts(self) -> dict[str, Any]:
         elapsed_s = max(self._loop.time() - self._started, 1.0)
@@ -603,6 +617,9 @@ class Mover:
         self._progress.set()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        if self._is_closing:
+            work.close()
+            return
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_ended)

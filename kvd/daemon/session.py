@@ -290,6 +290,8 @@ class Session:
         return reply
 
     def _wait(self, message: pb.WaitRequest) -> pb.WaitReply | Awaitable[pb.WaitReply]:
+        if message.is_rest:
+            return self._wait_for_rest(message)
         entry = self._pinned(message.lease, message.index)
         ready = self._store.ready_size(entry)
         if ready is None:
@@ -308,7 +310,7 @@ class Session:
             arrival.watch(partial(_resolve, progress))
             # What came before the watch is not told again.
             if arrival.ready < size:
-                await asyncio.wait([progress], timeout=give_up - loop.time())
+                await asyncio.wait([progress], timeout=max(give_up - loop.time(), 0))
             ready = self._store.ready_size(self._pinned(message.lease, message.index))
             if ready is None:
                 return pb.WaitReply(is_lost=True)
@@ -316,14 +318,35 @@ class Session:
                 return pb.WaitReply(ready=ready)
         return pb.WaitReply(ready=arrival.ready)
 
+    async def _wait_for_rest(self, message: pb.WaitRequest) -> pb.WaitReply:
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + min(message.timeout_ns, WAIT_NS_MAX) / 1e9
+        num_ready = 0
+        while True:
+            rest = self._read_lease(message.lease, message.index).entries[message.index :]
+            while num_ready < len(rest) and self._store.are_ready(rest[num_ready : num_ready + 1]):
+                num_ready += 1
+            arrival = self._store.arrival(rest[num_ready]) if num_ready < len(rest) else None
+            if arrival is None or loop.time() >= give_up:
+                # Neither here nor on its way is lost.
+                is_lost = arrival is None and num_ready < len(rest)
+                return pb.WaitReply(num_ready=num_ready, is_lost=is_lost)
+            progress: asyncio.Future[None] = loop.create_future()
+            arrival.watch(partial(_resolve, progress))
+            await asyncio.wait([progress], timeout=max(give_up - loop.time(), 0))
+
     def _pinned(self, lease_id: int, index: int) -> Entry:
+        return self._read_lease(lease_id, index).entries[index]
+
+    def _read_lease(self, lease_id: int, index: int) -> ReadLease:
+        """A pin of this session that has a chunk `index`."""
         self._check_own(lease_id)
         lease = self._store.lease(lease_id)
         if not isinstance(lease, ReadLease):
             raise InvalidRequest("bytes are waited for under a pin")
         if not index < len(lease.entries):
             raise InvalidRequest(f"the lease has {len(lease.entries)} chunks, found index {index}")
-        return lease.entries[index]
+        return lease
 
     def _renew(self, message: pb.RenewRequest) -> pb.RenewReply:
         self._check_own(message.lease)

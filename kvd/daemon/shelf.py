@@ -19,7 +19,7 @@ from kvd.tiers.segment import record_size
 from kvd.tiers.segment_state import SegmentInfo
 
 # Of all segments that are given back, at most this much is copied on.
-COPY_FRACTION = 0.15
+COPY_FRACTION = 0.05
 
 # Of one segment, at most this much.
 COPY_FRACTION_OF_ONE = 0.5

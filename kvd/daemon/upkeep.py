@@ -159,6 +159,10 @@ class Upkeep:
             return False
         credit = int(self._log.segment_size * COPY_FRACTION)
         self._copy_size = min(self._copy_size + credit, self._copy_size_max)
+        for entry in self._mover.shelf.on(info.slot):
+            # Before anything is waited for: while it has a copy here, it may leave memory.
+            if entry.in_memory is not None and not entry.is_held:
+                self._store.unshelve(entry)
         copied = worth_a_copy(self._mover.shelf.on(info.slot), self._copy_size)
         for entry in copied:
             await self._copy_on(entry)

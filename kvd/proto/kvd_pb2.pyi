@@ -285,24 +285,28 @@ class PinReply(_message.Message):
     def __init__(self, lease: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., present: _Optional[bytes] = ..., ready: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WaitRequest(_message.Message):
-    __slots__ = ("lease", "index", "size", "timeout_ns")
+    __slots__ = ("lease", "index", "size", "timeout_ns", "is_rest")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
+    IS_REST_FIELD_NUMBER: _ClassVar[int]
     lease: int
     index: int
     size: int
     timeout_ns: int
-    def __init__(self, lease: _Optional[int] = ..., index: _Optional[int] = ..., size: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
+    is_rest: bool
+    def __init__(self, lease: _Optional[int] = ..., index: _Optional[int] = ..., size: _Optional[int] = ..., timeout_ns: _Optional[int] = ..., is_rest: bool = ...) -> None: ...
 
 class WaitReply(_message.Message):
-    __slots__ = ("ready", "is_lost")
+    __slots__ = ("ready", "is_lost", "num_ready")
     READY_FIELD_NUMBER: _ClassVar[int]
     IS_LOST_FIELD_NUMBER: _ClassVar[int]
+    NUM_READY_FIELD_NUMBER: _ClassVar[int]
     ready: int
     is_lost: bool
-    def __init__(self, ready: _Optional[int] = ..., is_lost: bool = ...) -> None: ...
+    num_ready: int
+    def __init__(self, ready: _Optional[int] = ..., is_lost: bool = ..., num_ready: _Optional[int] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("lease", "lease_ns")
