@@ -47,8 +47,8 @@ WRITTEN_AHEAD_FRACTION = 0.25
 # Chunks looked at in one search for what to write.
 SEARCH_MAX = 4096
 
-# Writes under way: twice the tier's threads, so that none of them waits for the event loop.
-WRITES_MAX = 8
+# Writes under way: more than the tier has threads, for some wait for their sync meanwhile.
+WRITES_MAX = 16
 
 # Of memory, at most about this much is being written at a time.
 WRITING_FRACTION_MAX = 0.25

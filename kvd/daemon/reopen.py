@@ -11,9 +11,11 @@ is read.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +60,8 @@ async def reopen(config: Config, store: ChunkStore, progress: Progress | None = 
     segment_log = await asyncio.to_thread(_open_log, config, path)
     try:
         started = time.monotonic()
-        index, found = await ChunkIndex.open(path, segment_log.log_id)
+        with _no_collection():
+            index, found = await ChunkIndex.open(path, segment_log.log_id)
         options = MoverOptions(
             write=config.nvme_write,
             admit_hits=config.nvme_admit_hits,
@@ -83,7 +86,8 @@ async def reopen(config: Config, store: ChunkStore, progress: Progress | None = 
             found.reason,
         )
         records = await asyncio.to_thread(_scan, segment_log, progress)
-    count = _restore(store, mover, records)
+    with _no_collection():
+        count = _restore(store, mover, records)
     if found.reason:
         await mover.rebuild_index()
     log.info(
@@ -94,6 +98,18 @@ async def reopen(config: Config, store: ChunkStore, progress: Progress | None = 
         time.monotonic() - started,
     )
     return mover
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of objects come, none of them garbage: looking through them takes a fifth longer."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def segment_size_for(size: int) -> int:
