@@ -22,10 +22,10 @@ from kvd.tiers.segment import RecordHeader
 from kvd.tiers.segment_log import SegmentLog
 from kvd.tiers.segment_reader import STRIPE_SIZE
 
-# Four in flight take what a device gives. There are more threads: while one hashes what it writes or
-# has read, its place at the device must not stay empty. Records of 2 MiB, by a plain stream: written
-# at 0.72 with 4 writers, 0.84 with 8, 0.88 with 12 and with 16; read at 0.83 with 6 readers, 0.93
-# with 8.
+# Four in flight take what a device gives. There are more threads: while one hashes what it writes
+# or has read, its place at the device must not stay empty. Records of 2 MiB, by a plain stream:
+# written at 0.72 with 4 writers, 0.84 with 8, 0.88 with 12 and with 16; read at 0.83 with 6
+# readers, 0.93 with 8.
 WRITERS = 12
 READERS = 8
 
