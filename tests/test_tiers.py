@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -348,5 +349,41 @@ def test_what_is_held_on_disk_stays_however_much_comes(tmp_path: Path) -> None:
                 assert client.lookup(keys_of(0, 1)) == 1
             assert client.status(audit=True).counters["nvme_evict_chunks"] > 100
             assert load(client, 0, 1) == 1
+    finally:
+        daemon.kill()
+
+
+def test_bytes_from_disk_travel_over_grpc_too(tmp_path: Path) -> None:
+    socket = tmp_path / "grpc.sock"
+    daemon = DaemonProcess.on_disk(tmp_path, "--grpc-socket", str(socket))
+    try:
+        with kvd.connect(f"grpc+unix://{socket}") as client:
+            for prompt in range(2):
+                store(client, prompt)
+            assert client.persist(timeout_s=PATIENCE_S) == 16
+        daemon.restart()
+        with kvd.connect(f"grpc+unix://{socket}") as client:
+            assert load(client, 0) == 8
+            # Without a wait at the pin, each chunk is waited for as it is read.
+            keys = keys_of(1)
+            with client.pin(LAYOUT, keys, wait=False) as lease:
+                for index, key in enumerate(keys):
+                    assert np.array_equal(lease.raw(index), pattern(key, SIZE))
+            assert client.status(audit=True).counters["promote_chunks"] == 16
+    finally:
+        daemon.kill()
+
+
+def test_asyncio_persists_too(tmp_path: Path) -> None:
+    daemon = DaemonProcess.on_disk(tmp_path)
+
+    async def story() -> int:
+        async with await kvd.connect_async(daemon.socket) as client:
+            chunks = [pattern(key, SIZE) for key in keys_of(1)]
+            await client.store(LAYOUT, keys_of(1), chunks)
+            return await client.persist(keys_of(1), timeout_s=PATIENCE_S)
+
+    try:
+        assert asyncio.run(story()) == 8
     finally:
         daemon.kill()

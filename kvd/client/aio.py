@@ -61,6 +61,10 @@ class AsyncClient:
         """See `Client.load`. After a cancelled load `outs` may still be written to for a moment."""
         return await asyncio.to_thread(self.client.load, layout, keys, outs, **options)
 
+    async def persist(self, keys: Sequence[ChunkKey] | None = None, **options: Any) -> int:
+        """See `Client.persist`. A cancelled persist may still end."""
+        return await asyncio.to_thread(self.client.persist, keys, **options)
+
     async def status(self, **options: Any) -> pb.StatusReply:
         """See `Client.status`."""
         return await asyncio.to_thread(self.client.status, **options)
