@@ -130,10 +130,15 @@ def main(arguments_given: Sequence[str] | None = None, *, scale: Scale | None = 
     console = console_for(options.json)
     console.print(" | ".join(f"{name} {value}" for name, value in host_facts().items()))
     # Of what the store says in this process, only what is wrong.
-    logging.getLogger("kvd").setLevel(logging.ERROR)
+    logger = logging.getLogger("kvd")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="kvd-bench-", dir=options.path) as folder:
-        figures, rows = measure(Path(folder), trace, scale, console)
+    try:
+        with tempfile.TemporaryDirectory(prefix="kvd-bench-", dir=options.path) as folder:
+            figures, rows = measure(Path(folder), trace, scale, console)
+    finally:
+        logger.setLevel(level)
     print_figures(console, figures)
     console.print(f"{time.monotonic() - started:.0f} s")
     write_json(options.json, "nvme", figures, rows)

@@ -26,6 +26,7 @@ import pytest
 
 import kvd
 from kvd.chunk import ChunkMeta, Fingerprint
+from kvd.daemon import mover
 from kvd.daemon.directory import Entry
 from kvd.errors import TierFailed
 from kvd.keys import ChunkKey
@@ -447,8 +448,11 @@ class GatedOps(MortalOps):
 
 
 @pytest.mark.parametrize("is_damaged", [False, True], ids=["whole", "damaged-at-its-end"])
-def test_no_byte_is_ready_before_it_is_there(tmp_path: Path, is_damaged: bool) -> None:
+def test_no_byte_is_ready_before_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
+) -> None:
     """A chunk of 1.5 MiB comes in two stripes; nobody is told of the second before it is good."""
+    monkeypatch.setattr(mover, "WHOLE_SIZE_MAX", 1 << 20)
     layout = replace(LAYOUT, chunk_tokens=384)
     root = Fingerprint(layout.fingerprint)
     size = layout.size(384)

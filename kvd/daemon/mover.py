@@ -237,9 +237,10 @@ class Mover:
     def _reason(self, entries: Sequence[Entry]) -> str:
         """Why not all of `entries` are on disk."""
         longest = payload_size_max(self._log.segment_size)
-        largest = max(entry.size for entry in entries)
-        if largest > longest:
-            return f"a chunk has {largest} bytes, a segment of this tier holds {longest}"
+        for entry in entries:
+            if entry.in_memory is not None and entry.in_memory.extent.size > longest:
+                size = entry.in_memory.extent.size
+                return f"a chunk has {size} bytes, a segment of this tier holds {longest}"
         return self.failure or self._refusal or "chunks left before they were written"
 
     def facts(self) -> dict[str, Any]:
