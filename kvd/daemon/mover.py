@@ -291,6 +291,10 @@ class Mover:
                 entry = self._next_owed()
                 if entry is None:
                     break
+                if self.upkeep.is_short:
+                    self._urgent[entry] = None
+                    self._spawn(self.upkeep.reclaim_ahead())
+                    break
                 self._store.begin_demotion(entry)
                 task = self._loop.create_task(self._demote(entry))
                 self._writing.add(task)
@@ -305,9 +309,6 @@ class Mover:
         if self._rest_s:
             # One is enough to find out whether the device works again.
             return not self._writing
-        if self.upkeep.is_short:
-            self._spawn(self.upkeep.reclaim_ahead())
-            return False
         # What is being written cannot be evicted: most of memory must stay of use.
         size_max = self._store.tier.size * WRITING_FRACTION_MAX
         return len(self._writing) < WRITES_MAX and self._store.demoting_size < size_max

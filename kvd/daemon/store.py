@@ -343,6 +343,12 @@ class ChunkStore:
         self.counters["clear_chunks"] += count
         return count, size
 
+    def bring(self, entry: Entry, now_ns: int) -> bool:
+        """Let a listed chunk begin to come to memory unless it is there; False where there is no
+        room.
+        """
+        return self._fetch(entry, now_ns)
+
     def land(self, arrival: Arrival) -> None:
         """All bytes of a chunk from disk are in memory, verified."""
         entry = arrival.entry

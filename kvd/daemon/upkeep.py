@@ -31,6 +31,7 @@ from kvd.errors import Corrupt, InvalidRequest, TierFailed
 from kvd.tiers.aligned import aligned_bytes
 from kvd.tiers.nvme import NvmeTier
 from kvd.tiers.segment import record_size
+from kvd.tiers.segment_state import SegmentInfo
 
 if TYPE_CHECKING:
     from kvd.daemon.mover import Mover
@@ -154,9 +155,18 @@ class Upkeep:
         )
 
     async def _reclaim_one(self) -> bool:
-        info = choose_segment(self._log.segments())
-        if info is None:
-            return False
+        """Give the segment back that costs least; False if there is none."""
+        segments = self._log.segments()
+        while (info := choose_segment(segments)) is not None:
+            if await self._give_back(info):
+                return True
+            segments = [segment for segment in segments if segment.slot != info.slot]
+        return False
+
+    async def _give_back(self, info: SegmentInfo) -> bool:
+        """Empty a segment and begin its next life; False if something in it is held that has no
+        place anywhere else, or the device fails.
+        """
         credit = int(self._log.segment_size * COPY_FRACTION)
         self._copy_size = min(self._copy_size + credit, self._copy_size_max)
         for entry in self._mover.shelf.on(info.slot):
@@ -170,6 +180,10 @@ class Upkeep:
             # The segment's next life ends what the index still says of them.
             with suppress(TierFailed):
                 await self._mover.index.commit()
+        for entry in self._mover.shelf.on(info.slot):
+            # Held, and no room for its copy: memory keeps it, if it can.
+            if entry.is_held and not self._store.bring(entry, time.monotonic_ns()):
+                return False
         while entries := self._mover.shelf.on(info.slot):
             for entry in entries:
                 if self._store.arrival(entry) is None:
