@@ -221,8 +221,17 @@ class TiersMachine(RuleBasedStateMachine):
         self.do(self.node.crash(calls=calls, applied=applied, cut=cut))
         shelved = [entry for entry in self.node.store.directory if entry.on_disk is not None]
         if not self.is_roomy:
-            # What was given back by then is gone for good.
-            self.acknowledged &= {entry.meta.key for entry in shelved}
+            # What was given back by then is gone for good, also if it was written again since and
+            # the index had not heard of it.
+            index_file = self.node.index_file
+            assert index_file is not None
+            known = {key: record.offset for key, record in index_file.records.items()}
+            self.acknowledged &= {
+                entry.meta.key
+                for entry in shelved
+                if entry.on_disk is not None
+                and known.get(entry.meta.key) == entry.on_disk.extent.offset
+            }
         for entry in chance.sample(sorted(shelved, key=_key), min(flips, len(shelved))):
             self.flip_record(entry, chance.randrange(1 << 16), chance.random() < 0.5)
         if flips == 2 and shelved:

@@ -14,7 +14,7 @@ import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -280,7 +280,7 @@ class MemoryIndex:
             raise TierFailed(f"the index keeps nothing: {self.failure}")
         self.flush(count)
 
-    async def reset(self, records: Sequence[IndexRecord], layouts: Mapping[bytes, bytes]) -> None:
+    async def reset(self, records: Iterable[IndexRecord], layouts: Mapping[bytes, bytes]) -> None:
         self.failure, self._queue, self._is_beginning = "it is begun anew", [], True
         try:
             await asyncio.sleep(0.003)

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -155,6 +155,13 @@ class Mover:
         """A restored chunk has its copy on disk."""
         self._store.tenants[entry.meta.layout] = tenant
         self.shelf.add(entry, tenant)
+
+    def keep_quotas(self) -> None:
+        """What came back at the start may be more than before the end, or the quota less."""
+        for tenant in self.shelf.tenants():
+            for entry in self.shelf.excess(tenant, 0, is_read=self._is_arriving) or ():
+                self._store.counters["nvme_quota_chunks"] += 1
+                self._store.unshelve(entry)
 
     # The role that the store sees.
 
@@ -384,17 +391,19 @@ class Mover:
     def _keep_quota(self, entry: Entry) -> bool:
         """Drop what a tenant's new chunk has to push out; False if that is not enough."""
         tenant = self.tenant_of(entry)
-        victims = self.shelf.excess(tenant, record_size(entry.size))
+        victims = self.shelf.excess(tenant, record_size(entry.size), is_read=self._is_arriving)
         if victims is None:
             self._refusal = "the tenant's quota is full"
             self._full_until[tenant] = self._loop.time() + QUOTA_REST_S
             self._loop.call_later(QUOTA_REST_S, self._wakeup.set)
             return False
         for victim in victims:
-            if self._store.arrival(victim) is None:
-                self._store.counters["nvme_quota_chunks"] += 1
-                self._store.unshelve(victim)
+            self._store.counters["nvme_quota_chunks"] += 1
+            self._store.unshelve(victim)
         return True
+
+    def _is_arriving(self, entry: Entry) -> bool:
+        return self._store.arrival(entry) is not None
 
     def _end_demotion(self, entry: Entry, extent: Extent | None) -> None:
         placement = None
@@ -467,16 +476,20 @@ class Mover:
                 await asyncio.sleep(INDEX_REST_S)
                 self._to_commit.set()
 
+    def _on_disk(self) -> list[IndexRecord]:
+        return [self._record(entry) for entry in self._store.directory if entry.on_disk]
+
     async def rebuild_index(self) -> None:
         """Write the index anew, out of what is known."""
-        records = [self._record(entry) for entry in self._store.directory if entry.on_disk]
         layouts = {
             bytes(fingerprint): layout_to_message(layout).SerializeToString()
             for fingerprint, layout in self._store.layouts.items()
         }
+        # Looked at when the new index is begun: what changes before that is not told to it.
+        records = _Later(self._on_disk)
         try:
             await self.index.reset(records, layouts)
-            log.info("event=index_rebuilt records=%d", len(records))
+            log.info("event=index_rebuilt records=%d", self.shelf.num_chunks)
         except (TierFailed, OSError) as error:
             # OSError where no process can be started for want of descriptors or memory.
             log.error("event=index_rebuild_failed reason=%r", str(error))
@@ -630,3 +643,13 @@ class Mover:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("event=task_failed", exc_info=task.exception())
+
+
+class _Later:
+    """Records that are counted when somebody begins to read them."""
+
+    def __init__(self, find: Callable[[], list[IndexRecord]]) -> None:
+        self._find = find
+
+    def __iter__(self) -> Iterator[IndexRecord]:
+        return iter(self._find())

@@ -88,6 +88,7 @@ async def reopen(config: Config, store: ChunkStore, progress: Progress | None = 
         records = await asyncio.to_thread(_scan, segment_log, progress)
     with _no_collection():
         count = _restore(store, mover, records)
+    mover.keep_quotas()
     if found.reason:
         await mover.rebuild_index()
     log.info(

@@ -11,7 +11,7 @@ I/O.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from kvd.daemon.directory import Entry
@@ -79,11 +79,18 @@ class Shelf:
         """Segments that hold something."""
         return sorted(self._by_slot)
 
-    def excess(self, tenant: bytes, size: int) -> list[Entry] | None:
+    def tenants(self) -> list[bytes]:
+        """Whoever has something here; known where there is a quota."""
+        return list(self._by_tenant)
+
+    def excess(
+        self, tenant: bytes, size: int, *, is_read: Callable[[Entry], bool]
+    ) -> list[Entry] | None:
         """What of a tenant's chunks, oldest first, has to go for `size` bytes more within its
         quota; None if that cannot be.
 
-        Chunks in memory keep their copies: without them they would be written again at once.
+        Chunks in memory keep their copies: without them they would be written again at once. So do
+        those that are being read.
         """
         taken = self._sizes[tenant] + self._coming[tenant]
         excess = taken + size - self.quota if self.quota else 0
@@ -91,7 +98,7 @@ class Shelf:
         for entry in self._by_tenant.get(tenant, ()):
             if excess <= 0:
                 break
-            if not entry.is_held and entry.in_memory is None:
+            if not entry.is_held and entry.in_memory is None and not is_read(entry):
                 found.append(entry)
                 excess -= self._place_of(entry)[1]
         return found if excess <= 0 else None
