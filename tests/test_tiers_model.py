@@ -8,6 +8,7 @@ stand-in for the index's process, so that many examples run; a fourth machine ha
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
 import tempfile
@@ -420,7 +421,10 @@ def _case(machine: type[TiersMachine], examples: int, steps: int) -> Any:
     return case
 
 
-TestRoomyDisk = _case(RoomyMachine, 30, 40)
-TestSmallDisk = _case(SmallMachine, 30, 40)
-TestQuota = _case(QuotaMachine, 15, 40)
-TestRealIndex = _case(RealIndexMachine, 3, 40)
+# Times as many examples, for a search that may take an hour.
+EFFORT = int(os.environ.get("KVD_TEST_EFFORT", "1"))
+
+TestRoomyDisk = _case(RoomyMachine, 10 * EFFORT, 40)
+TestSmallDisk = _case(SmallMachine, 10 * EFFORT, 40)
+TestQuota = _case(QuotaMachine, 8 * EFFORT, 40)
+TestRealIndex = _case(RealIndexMachine, 3 * EFFORT, 40)
