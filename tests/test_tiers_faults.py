@@ -305,6 +305,54 @@ def test_nothing_is_durable_while_the_index_is_begun_anew(tmp_path: Path) -> Non
     on(small_node(tmp_path), story)
 
 
+def test_what_is_written_while_the_index_commits_is_not_durable_yet(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        node.put([1])
+        await node.persist([entry_of(node, [1])])
+        # The device has just failed: nobody waits for the second chunk.
+        node.mover._rest_s, node.mover._rest_until = 1.0, asyncio.get_running_loop().time() + 60
+        node.put([2])
+        index: Any = node.mover.index
+        commit = index.commit
+
+        async def commit_slowly(**options: Any) -> None:
+            await commit(**options)
+            index.commit = commit
+            node.mover._rest_s = node.mover._rest_until = 0.0
+            node.mover._urgent[entry_of(node, [2])] = None
+            node.mover.wake()
+            await becomes(lambda: entry_of(node, [2]).on_disk is not None, "it is never written")
+
+        index.commit = commit_slowly
+        done = await node.persist([entry_of(node, [1]), entry_of(node, [2])])
+        assert done.num_durable == 1
+        assert done.reason
+
+    on(small_node(tmp_path), story)
+
+
+def test_a_copy_that_moves_while_the_index_commits_is_committed_again(tmp_path: Path) -> None:
+    async def story(node: Node) -> None:
+        node.put([1])
+        entry = entry_of(node, [1])
+        await node.persist([entry])
+        index: Any = node.mover.index
+        commit = index.commit
+
+        async def commit_slowly(**options: Any) -> None:
+            await commit(**options)
+            index.commit = commit
+            node.store.unshelve(entry)
+            await node.persist([entry])
+            index.put(node.mover._record(entry))
+
+        index.commit = commit_slowly
+        assert (await node.persist([entry])).num_durable == 1
+        assert not index._queue
+
+    on(small_node(tmp_path), story)
+
+
 def test_a_clean_stop_leaves_a_whole_index_even_if_it_was_lost(tmp_path: Path) -> None:
     async def run() -> None:
         node = small_node(tmp_path)

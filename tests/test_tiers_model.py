@@ -330,7 +330,8 @@ class TiersMachine(RuleBasedStateMachine):
         may_fail = may_fail or bool(self.damaged or self.node.mover.index.failure)
         done = self.do(self.node.persist(entries))
         assert done.num_pending == 0
-        if done.num_durable < len(entries):
+        if done.num_durable < len(entries) or done.reason:
+            # Also of no chunks at all: then nothing was made durable, clears among it.
             assert done.reason
             assert not self.is_roomy or may_fail, done
             return

@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -225,17 +225,23 @@ class Mover:
         if self.index.failure:
             # It may have failed while there was nothing to commit, and nobody has noticed.
             self._to_commit.set()
-        try:
-            async with asyncio.timeout_at(max(give_up, self._loop.time() + 0.01)):
-                await self.index.commit(is_final=not num_pending)
-        except TimeoutError:
-            return PersistCount(0, len(entries), "")
-        except TierFailed as error:
-            return PersistCount(0, 0, str(error))
-        if self.index.failure:
-            # It is being begun anew: what that will hold is not durable yet.
-            return PersistCount(0, 0, f"the index keeps nothing: {self.index.failure}")
-        num_durable = sum(entry.on_disk is not None for entry in entries)
+        num_moved = -1
+        while num_moved and (num_moved < 0 or self._loop.time() < give_up):
+            # What is written while the index commits is not part of that commit.
+            written = [(entry, entry.on_disk) for entry in entries if entry.on_disk is not None]
+            try:
+                async with asyncio.timeout_at(max(give_up, self._loop.time() + 0.01)):
+                    await self.index.commit(is_final=not num_pending)
+            except TimeoutError:
+                return PersistCount(0, len(entries), "")
+            except TierFailed as error:
+                return PersistCount(0, 0, str(error))
+            if self.index.failure:
+                # It is being begun anew: what that will hold is not durable yet.
+                return PersistCount(0, 0, f"the index keeps nothing: {self.index.failure}")
+            num_moved = sum(entry.on_disk not in (None, placement) for entry, placement in written)
+        num_durable = sum(entry.on_disk is placement for entry, placement in written)
+        num_pending += num_moved
         reason = ""
         if num_durable + num_pending < len(entries):
             reason = self._reason(entries)
@@ -476,8 +482,9 @@ class Mover:
                 await asyncio.sleep(INDEX_REST_S)
                 self._to_commit.set()
 
-    def _on_disk(self) -> list[IndexRecord]:
-        return [self._record(entry) for entry in self._store.directory if entry.on_disk]
+    def _on_disk(self) -> Iterator[IndexRecord]:
+        # Counted when the first is asked for, all at once.
+        yield from [self._record(entry) for entry in self._store.directory if entry.on_disk]
 
     async def rebuild_index(self) -> None:
         """Write the index anew, out of what is known."""
@@ -485,10 +492,9 @@ class Mover:
             bytes(fingerprint): layout_to_message(layout).SerializeToString()
             for fingerprint, layout in self._store.layouts.items()
         }
-        # Looked at when the new index is begun: what changes before that is not told to it.
-        records = _Later(self._on_disk)
         try:
-            await self.index.reset(records, layouts)
+            # What changes before the new index is begun is not told to it, and counted then.
+            await self.index.reset(self._on_disk(), layouts)
             log.info("event=index_rebuilt records=%d", self.shelf.num_chunks)
         except (TierFailed, OSError) as error:
             # OSError where no process can be started for want of descriptors or memory.
@@ -643,13 +649,3 @@ class Mover:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("event=task_failed", exc_info=task.exception())
-
-
-class _Later:
-    """Records that are counted when somebody begins to read them."""
-
-    def __init__(self, find: Callable[[], list[IndexRecord]]) -> None:
-        self._find = find
-
-    def __iter__(self) -> Iterator[IndexRecord]:
-        return iter(self._find())

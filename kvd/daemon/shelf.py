@@ -3,7 +3,7 @@ them are worth a second copy when their segment's room is wanted.
 
 Segments are given back oldest first (the log is a queue), with a second chance for what was asked
 for since it was written. Copying is bounded by a fraction of what is given back, so that it cannot
-eat the device: at worst 1 / (1 - fraction) bytes are written for each one stored, 1.18. What one
+eat the device; on an agentic trace three times the fraction found no more and wrote more. What one
 segment does not use of it the next ones may, for hot chunks come in clusters. Bookkeeping only, no
 I/O.
 """
