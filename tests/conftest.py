@@ -1,4 +1,4 @@
-"""Fixtures: real daemons, as users start them."""
+"""Fixtures that more than one file needs: real daemons, as users start them; a segment log."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ import pytest
 
 import kvd
 from kvd.errors import Unavailable
+from tests.file_faults import FaultyOps
+from tests.nvme_log import Opener, opener
 
 # What a daemon may take to say ready on a loaded machine, before a test gives up.
 START_S_MAX = 60
 
 
 class DaemonProcess:
-    """`kvd start` in a process of its own, on a socket below the test's folder."""
+    """`kvd start` in a process of its own, on a socket below the test's folder.
+
+    A context manager: what still runs at its end is killed.
+    """
 
     def __init__(self, folder: Path, *flags: str, cpu_size: str = "64MiB") -> None:
         self.socket = folder / "kvd.sock"
@@ -33,6 +39,12 @@ class DaemonProcess:
             self._flags += ["--grpc-socket", "none"]
         self.process = self._start()
 
+    def __enter__(self) -> DaemonProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
     @property
     def pid(self) -> int:
         return self.process.pid
@@ -41,7 +53,7 @@ class DaemonProcess:
         return kvd.connect(self.socket, **options)
 
     def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
+        """SIGKILL if it still runs, and wait for the end."""
         self.process.kill()
         self.process.wait()
 
@@ -85,11 +97,26 @@ class DaemonProcess:
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
     """A daemon of 64 MiB."""
-    running = DaemonProcess(tmp_path)
-    yield running
-    if running.process.poll() is None:
-        os.kill(running.pid, signal.SIGCONT)
-        running.kill()
+    with DaemonProcess(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
+    """Starts daemons of a memory that ten prompts do not fit in; ends them."""
+    with ExitStack() as running:
+
+        def start(folder: Path, *flags: str, nvme_size: str = "256MiB") -> DaemonProcess:
+            daemon = DaemonProcess(
+                tmp_path,
+                *("--tiers", "cpu,nvme", "--nvme-path", str(folder), "--nvme-size", nvme_size),
+                *([] if "--nvme-reserve" in flags else ["--nvme-reserve", "0"]),
+                *flags,
+                cpu_size="16MiB",
+            )
+            return running.enter_context(daemon)
+
+        yield start
 
 
 @pytest.fixture
@@ -104,3 +131,16 @@ def layout() -> kvd.KVLayout:
         head_dim=8,
         chunk_tokens=16,
     )
+
+
+@pytest.fixture
+def ops() -> FaultyOps:
+    """The disk of `open_log`."""
+    return FaultyOps()
+
+
+@pytest.fixture
+def open_log(tmp_path: Path, ops: FaultyOps) -> Iterator[Opener]:
+    """Opens the log of the test's folder; the one before is closed."""
+    with opener(tmp_path / "kv", ops) as open_log:
+        yield open_log

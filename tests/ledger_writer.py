@@ -91,7 +91,6 @@ class Worker:
         number = first
         while True:
             number += 1
-            self.ledger.note_deadline(number)
             while not self.store(number, chance) or chance.random() < 0.3:
                 if not self.kept:
                     break

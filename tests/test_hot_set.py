@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +21,26 @@ from kvd.errors import KvdError, LeaseExpired
 from tests.conftest import DaemonProcess
 from tests.crash_client import pattern
 from tests.test_crash import CrashClient, goes_on
-from tests.test_tiers import LAYOUT, PATIENCE_S, SIZE, keys_of, load, store, until
+from tests.tier_prompts import LAYOUT, PATIENCE_S, SIZE, keys_of, load, store, until
 
 ROOT = Path(__file__).parent.parent
 KILLS = 30
 
 
+@contextmanager
+def forgotten(daemon: DaemonProcess) -> Iterator[DaemonProcess]:
+    """A daemon that is killed in the end, and what is kept of it dropped."""
+    try:
+        with daemon:
+            yield daemon
+    finally:
+        drop_kept(daemon.socket)
+
+
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
-    running = DaemonProcess(tmp_path, "--cpu-persist", "--cpu-persist-s", "60")
-    yield running
-    if running.process.poll() is None:
-        running.kill()
-    drop_kept(running.socket)
+    with forgotten(DaemonProcess(tmp_path, "--cpu-persist", "--cpu-persist-s", "60")) as running:
+        yield running
     until(lambda: not keeper_path(running.socket).exists(), "the keeper stays")
 
 
@@ -114,7 +122,7 @@ def test_a_writer_from_before_keeps_its_bytes_until_it_has_stopped(daemon: Daemo
     code = f"""
 import sys, numpy as np
 import kvd
-from tests.test_tiers import LAYOUT, keys_of
+from tests.tier_prompts import LAYOUT, keys_of
 client = kvd.connect({str(daemon.socket)!r})
 reservation = client.reserve(LAYOUT, keys_of(99))
 views = [reservation.raw(index) for index in reservation]
@@ -177,13 +185,10 @@ def test_without_the_flag_nothing_is_kept(daemon: DaemonProcess, tmp_path: Path)
         store(client, 0)
         hashed(client, 0)
     daemon.kill()
-    plain = DaemonProcess(tmp_path)
-    try:
+    with DaemonProcess(tmp_path) as plain:
         with plain.connect() as client:
             assert client.status().num_chunks == 0
         until(lambda: not keeper_path(plain.socket).exists(), "the keeper stays")
-    finally:
-        plain.kill()
 
 
 def test_another_size_begins_anew(daemon: DaemonProcess, tmp_path: Path) -> None:
@@ -191,19 +196,17 @@ def test_another_size_begins_anew(daemon: DaemonProcess, tmp_path: Path) -> None
         store(client, 0)
         hashed(client, 0)
     daemon.kill()
-    other = DaemonProcess(tmp_path, "--cpu-persist", cpu_size="32MiB")
-    try:
-        with other.connect() as client:
-            assert client.status(audit=True).num_chunks == 0
-            store(client, 0)
-            assert load(client, 0) == 8
-    finally:
-        other.kill()
+    with (
+        DaemonProcess(tmp_path, "--cpu-persist", cpu_size="32MiB") as other,
+        other.connect() as client,
+    ):
+        assert client.status(audit=True).num_chunks == 0
+        store(client, 0)
+        assert load(client, 0) == 8
 
 
 def test_memory_and_disk_are_found_together(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, "--cpu-persist", cpu_size="16MiB")
-    try:
+    with forgotten(DaemonProcess.on_disk(tmp_path, "--cpu-persist", cpu_size="16MiB")) as daemon:
         with daemon.connect() as client:
             for prompt in range(6):
                 store(client, prompt)
@@ -218,37 +221,32 @@ def test_memory_and_disk_are_found_together(tmp_path: Path) -> None:
             counters = client.status(audit=True).counters
             assert counters["revive_chunks"] >= 8
             assert counters["promote_chunks"] >= 24
-    finally:
-        daemon.kill()
-        drop_kept(daemon.socket)
 
 
 def test_thirty_kills_and_never_a_wrong_byte(tmp_path: Path) -> None:
     chance = random.Random(11)
-    daemon = DaemonProcess(tmp_path, "--cpu-persist", cpu_size="8MiB")
-    clients = [CrashClient(tmp_path, daemon.socket, seed) for seed in (1, 2)]
-    revived = 0
-    try:
-        goes_on(clients)
-        for _ in range(KILLS):
-            time.sleep(chance.random() * 0.05)
-            with daemon.connect(timeout_s=PATIENCE_S) as monitor:
-                revived += monitor.status(audit=True).counters["revive_chunks"]
-            daemon.restart()
+    with forgotten(DaemonProcess(tmp_path, "--cpu-persist", cpu_size="8MiB")) as daemon:
+        clients = [CrashClient(tmp_path, daemon.socket, seed) for seed in (1, 2)]
+        revived = 0
+        try:
             goes_on(clients)
-        for client in clients:
-            client.kill()
-            assert client.output.read_text() == ""
-        with daemon.connect(timeout_s=PATIENCE_S) as monitor:
-            until(lambda: monitor.status(audit=True).num_sessions == 1, "a session stays open")
-            assert monitor.status(audit=True).num_reserved == 0
-        # Else no kill found anything to find again.
-        assert revived > 5
-    finally:
-        for client in clients:
-            client.kill()
-        daemon.kill()
-        drop_kept(daemon.socket)
+            for _ in range(KILLS):
+                time.sleep(chance.random() * 0.05)
+                with daemon.connect(timeout_s=PATIENCE_S) as monitor:
+                    revived += monitor.status(audit=True).counters["revive_chunks"]
+                daemon.restart()
+                goes_on(clients)
+            for client in clients:
+                client.kill()
+                assert client.output.read_text() == ""
+            with daemon.connect(timeout_s=PATIENCE_S) as monitor:
+                until(lambda: monitor.status(audit=True).num_sessions == 1, "a session stays open")
+                assert monitor.status(audit=True).num_reserved == 0
+            # Else no kill found anything to find again.
+            assert revived > 5
+        finally:
+            for client in clients:
+                client.kill()
 
 
 def test_an_arena_that_is_kept_has_its_bytes(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +14,22 @@ import pytest
 
 import kvd
 from kvd.errors import InvalidRequest, TierFailed
-from kvd.keys import ChunkKey
 from tests.conftest import DaemonProcess
 from tests.crash_client import pattern
-
-LAYOUT = kvd.KVLayout(
-    model="tiers",
-    revision="1",
-    dtype="uint8",
-    num_layers=8,
-    num_kv_heads=8,
-    head_dim=128,
-    chunk_tokens=64,
+from tests.tier_prompts import (
+    LAYOUT,
+    PATIENCE_S,
+    SIZE,
+    damage_payloads,
+    keys_of,
+    load,
+    store,
+    until,
 )
-SIZE = LAYOUT.size(LAYOUT.chunk_tokens)
-PATIENCE_S = 30.0
-
-
-def keys_of(prompt: int, count: int = 8, layout: kvd.KVLayout = LAYOUT) -> list[ChunkKey]:
-    tokens = np.full(count * layout.chunk_tokens, prompt)
-    return kvd.chain_keys(layout.fingerprint, tokens, chunk_tokens=layout.chunk_tokens)
-
-
-def store(client: kvd.Client, prompt: int, count: int = 8, layout: kvd.KVLayout = LAYOUT) -> None:
-    keys = keys_of(prompt, count, layout)
-    chunks = [pattern(key, SIZE).reshape(layout.shape(layout.chunk_tokens)) for key in keys]
-    # However slow the machine is: nothing is lost for want of a disk.
-    states = client.store(layout, keys, chunks, wait_s=10, timeout_s=PATIENCE_S)
-    assert set(states) <= {"granted", "exists"}
-
-
-def load(client: kvd.Client, prompt: int, count: int = 8, layout: kvd.KVLayout = LAYOUT) -> int:
-    """How many chunks came back; every byte of them is looked at."""
-    keys = keys_of(prompt, count, layout)
-    outs = [np.empty(SIZE, dtype=np.uint8) for _ in keys]
-    found = client.load(layout, keys, outs, wait_s=10, timeout_s=PATIENCE_S)
-    for key, out in zip(keys[:found], outs, strict=False):
-        assert np.array_equal(out, pattern(key, SIZE))
-    return found
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    give_up = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < give_up, what
-        time.sleep(0.01)
 
 
 def test_what_leaves_memory_comes_back(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, cpu_size="16MiB")
-    try:
+    with DaemonProcess.on_disk(tmp_path, cpu_size="16MiB") as daemon:
         with daemon.connect() as client:
             # Ten times what memory holds.
             for prompt in range(20):
@@ -77,13 +41,10 @@ def test_what_leaves_memory_comes_back(tmp_path: Path) -> None:
             assert status.tiers[1].num_extents == 160
             assert status.counters["demote_missed_chunks"] == 0
         assert daemon.stop() == 0
-    finally:
-        daemon.kill()
 
 
 def test_what_was_acknowledged_is_there_after_a_kill(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path)
-    try:
+    with DaemonProcess.on_disk(tmp_path) as daemon:
         with daemon.connect() as client:
             store(client, 1)
             assert client.persist(keys_of(1), timeout_s=PATIENCE_S) == 8
@@ -93,80 +54,70 @@ def test_what_was_acknowledged_is_there_after_a_kill(tmp_path: Path) -> None:
             assert load(client, 1) == 8
             # Layouts are remembered too.
             assert client.list_chunks().layouts[0].model == "tiers"
-    finally:
-        daemon.kill()
 
 
 def test_a_stop_writes_what_is_only_in_memory(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path)
-    try:
+    with DaemonProcess.on_disk(tmp_path) as daemon:
         with daemon.connect() as client:
             store(client, 1)
         assert daemon.stop() == 0
         daemon.restart()
         with daemon.connect() as client:
             assert load(client, 1) == 8
-    finally:
-        daemon.kill()
 
 
 def test_write_through_needs_no_eviction(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, "--nvme-write", "through")
-    try:
-        with daemon.connect() as client:
-            store(client, 1)
-            until(lambda: client.status().tiers[1].num_extents == 8, "nothing was written")
-    finally:
-        daemon.kill()
+    with (
+        DaemonProcess.on_disk(tmp_path, "--nvme-write", "through") as daemon,
+        daemon.connect() as client,
+    ):
+        store(client, 1)
+        until(lambda: client.status().tiers[1].num_extents == 8, "nothing was written")
 
 
 def test_only_what_is_asked_for_again_is_written(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, "--nvme-admit-hits", "2", cpu_size="16MiB")
-    try:
-        with daemon.connect() as client:
-            store(client, 1)
-            assert load(client, 1) == 8
-            for prompt in range(2, 12):
-                store(client, prompt)
-            until(lambda: client.status().counters["demote_chunks"] == 8, "not the one prompt")
-            assert load(client, 1) == 8
-            assert client.lookup(keys_of(2)) == 0
-    finally:
-        daemon.kill()
+    with (
+        DaemonProcess.on_disk(tmp_path, "--nvme-admit-hits", "2", cpu_size="16MiB") as daemon,
+        daemon.connect() as client,
+    ):
+        store(client, 1)
+        assert load(client, 1) == 8
+        for prompt in range(2, 12):
+            store(client, prompt)
+        until(lambda: client.status().counters["demote_chunks"] == 8, "not the one prompt")
+        assert load(client, 1) == 8
+        assert client.lookup(keys_of(2)) == 0
 
 
 def test_a_lookup_lets_chunks_come(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, cpu_size="16MiB")
-    try:
-        with daemon.connect() as client:
-            for prompt in range(6):
-                store(client, prompt)
-            client.persist(timeout_s=PATIENCE_S)
-            assert client.lookup(keys_of(0)) == 8
-            until(lambda: client.status().counters["promote_chunks"] > 0, "nothing comes")
-            assert client.status(audit=True).counters["prefetch_chunks"] > 0
-    finally:
-        daemon.kill()
+    with (
+        DaemonProcess.on_disk(tmp_path, cpu_size="16MiB") as daemon,
+        daemon.connect() as client,
+    ):
+        for prompt in range(6):
+            store(client, prompt)
+        client.persist(timeout_s=PATIENCE_S)
+        assert client.lookup(keys_of(0)) == 8
+        until(lambda: client.status().counters["promote_chunks"] > 0, "nothing comes")
+        assert client.status(audit=True).counters["prefetch_chunks"] > 0
 
 
 def test_a_lookup_moves_nothing_when_told_so(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, "--no-nvme-prefetch", cpu_size="16MiB")
-    try:
-        with daemon.connect() as client:
-            for prompt in range(6):
-                store(client, prompt)
-            client.persist(timeout_s=PATIENCE_S)
-            assert client.lookup(keys_of(0)) == 8
-            assert load(client, 1) == 8
-            counters = client.status().counters
-            assert (counters["prefetch_chunks"], counters["promote_chunks"]) == (0, 8)
-    finally:
-        daemon.kill()
+    with (
+        DaemonProcess.on_disk(tmp_path, "--no-nvme-prefetch", cpu_size="16MiB") as daemon,
+        daemon.connect() as client,
+    ):
+        for prompt in range(6):
+            store(client, prompt)
+        client.persist(timeout_s=PATIENCE_S)
+        assert client.lookup(keys_of(0)) == 8
+        assert load(client, 1) == 8
+        counters = client.status().counters
+        assert (counters["prefetch_chunks"], counters["promote_chunks"]) == (0, 8)
 
 
 def test_a_pin_that_does_not_wait_gives_the_first_layer_early(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, "--no-nvme-prefetch")
-    try:
+    with DaemonProcess.on_disk(tmp_path, "--no-nvme-prefetch") as daemon:
         with daemon.connect() as client:
             store(client, 1)
             client.persist(timeout_s=PATIENCE_S)
@@ -179,13 +130,10 @@ def test_a_pin_that_does_not_wait_gives_the_first_layer_early(tmp_path: Path) ->
                 assert lease.wait(index, layer, timeout_s=PATIENCE_S)
                 assert lease.wait(index, timeout_s=PATIENCE_S)
                 assert np.array_equal(lease.raw(index), pattern(keys[index], SIZE))
-    finally:
-        daemon.kill()
 
 
 def test_the_tier_stays_within_its_size_and_keeps_what_is_asked_for(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, "--no-nvme-prefetch", cpu_size="8MiB")
-    try:
+    with DaemonProcess.on_disk(tmp_path, "--no-nvme-prefetch", cpu_size="8MiB") as daemon:
         with daemon.connect() as client:
             store(client, 0, 6)
             for prompt in range(1, 60):
@@ -199,30 +147,26 @@ def test_the_tier_stays_within_its_size_and_keeps_what_is_asked_for(tmp_path: Pa
             assert status.counters["nvme_copy_chunks"] > 0
         files = sum(path.stat().st_size for path in (tmp_path / "nvme").glob("segment-*"))
         assert files <= 256 << 20
-    finally:
-        daemon.kill()
 
 
 def test_a_tenant_stays_within_its_quota(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, "--nvme-quota", "16MiB", cpu_size="8MiB")
     other = kvd.KVLayout(**{**vars_of(LAYOUT), "salt": "other"})
-    try:
-        with daemon.connect() as client:
-            store(client, 1, layout=other)
-            client.persist(keys_of(1, layout=other), timeout_s=PATIENCE_S)
-            for prompt in range(10):
-                store(client, prompt)
-            until(lambda: client.status().counters["nvme_quota_chunks"] > 0, "no quota")
-            client.status(audit=True)
-            # What one tenant does costs the other nothing.
-            assert load(client, 1, layout=other) == 8
-    finally:
-        daemon.kill()
+    with (
+        DaemonProcess.on_disk(tmp_path, "--nvme-quota", "16MiB", cpu_size="8MiB") as daemon,
+        daemon.connect() as client,
+    ):
+        store(client, 1, layout=other)
+        client.persist(keys_of(1, layout=other), timeout_s=PATIENCE_S)
+        for prompt in range(10):
+            store(client, prompt)
+        until(lambda: client.status().counters["nvme_quota_chunks"] > 0, "no quota")
+        client.status(audit=True)
+        # What one tenant does costs the other nothing.
+        assert load(client, 1, layout=other) == 8
 
 
 def test_clear_forgets_on_disk_too(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path)
-    try:
+    with DaemonProcess.on_disk(tmp_path) as daemon:
         with daemon.connect() as client:
             store(client, 1)
             store(client, 2)
@@ -233,8 +177,6 @@ def test_clear_forgets_on_disk_too(tmp_path: Path) -> None:
         daemon.restart()
         with daemon.connect() as client:
             assert (client.lookup(keys_of(1)), client.lookup(keys_of(2))) == (0, 8)
-    finally:
-        daemon.kill()
 
 
 def test_persist_without_a_disk_says_so(daemon: DaemonProcess) -> None:
@@ -243,15 +185,14 @@ def test_persist_without_a_disk_says_so(daemon: DaemonProcess) -> None:
 
 
 def test_a_chunk_larger_than_a_segment_stays_in_memory(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, nvme_size="4MiB")
-    try:
-        with daemon.connect() as client:
-            store(client, 1)
-            with pytest.raises(TierFailed, match="0 chunks are durable"):
-                client.persist(timeout_s=PATIENCE_S)
-            assert load(client, 1) == 8
-    finally:
-        daemon.kill()
+    with (
+        DaemonProcess.on_disk(tmp_path, nvme_size="4MiB") as daemon,
+        daemon.connect() as client,
+    ):
+        store(client, 1)
+        with pytest.raises(TierFailed, match="0 chunks are durable"):
+            client.persist(timeout_s=PATIENCE_S)
+        assert load(client, 1) == 8
 
 
 def vars_of(layout: kvd.KVLayout) -> dict[str, object]:
@@ -260,32 +201,27 @@ def vars_of(layout: kvd.KVLayout) -> dict[str, object]:
 
 
 def test_the_commands_persist_and_scrub(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path)
-    try:
-        with daemon.connect() as client:
-            store(client, 1)
-            assert kvd_json(daemon, "persist") == {"count": 8}
-            found = kvd_json(daemon, "scrub")
-            assert (found["num_done"], found["num_bad"], found["is_running"]) == (8, 0, False)
-            assert found["size_done"] == found["size_all"] == 8 * SIZE
-            damage_payloads(tmp_path / "nvme", count=2)
-            found = kvd_json(daemon, "scrub", exit_code=1)
-            assert (found["num_done"], found["num_bad"]) == (8, 2)
-            # They are in memory as well: nothing is lost, and both are written again.
-            assert load(client, 1) == 8
-            assert kvd_json(daemon, "persist") == {"count": 8}
-            assert kvd_json(daemon, "scrub")["num_bad"] == 0
-            assert client.status(audit=True).counters["quarantine_chunks"] == 2
-            tiers = kvd_json(daemon, "status")["tiers"]
-            assert tiers[1]["path"] == str(tmp_path / "nvme")
-            assert 1 < tiers[1]["write_amplification"] < 1.1
-    finally:
-        daemon.kill()
+    with DaemonProcess.on_disk(tmp_path) as daemon, daemon.connect() as client:
+        store(client, 1)
+        assert kvd_json(daemon, "persist") == {"count": 8}
+        found = kvd_json(daemon, "scrub")
+        assert (found["num_done"], found["num_bad"], found["is_running"]) == (8, 0, False)
+        assert found["size_done"] == found["size_all"] == 8 * SIZE
+        damage_payloads(tmp_path / "nvme", count=2)
+        found = kvd_json(daemon, "scrub", exit_code=1)
+        assert (found["num_done"], found["num_bad"]) == (8, 2)
+        # They are in memory as well: nothing is lost, and both are written again.
+        assert load(client, 1) == 8
+        assert kvd_json(daemon, "persist") == {"count": 8}
+        assert kvd_json(daemon, "scrub")["num_bad"] == 0
+        assert client.status(audit=True).counters["quarantine_chunks"] == 2
+        tiers = kvd_json(daemon, "status")["tiers"]
+        assert tiers[1]["path"] == str(tmp_path / "nvme")
+        assert 1 < tiers[1]["write_amplification"] < 1.1
 
 
 def test_a_damaged_record_is_a_miss(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path, "--no-nvme-prefetch")
-    try:
+    with DaemonProcess.on_disk(tmp_path, "--no-nvme-prefetch") as daemon:
         with daemon.connect() as client:
             for prompt in range(3):
                 store(client, prompt)
@@ -307,8 +243,6 @@ def test_a_damaged_record_is_a_miss(tmp_path: Path) -> None:
             for prompt in range(3):
                 store(client, prompt)
                 assert load(client, prompt) == 8
-    finally:
-        daemon.kill()
 
 
 def kvd_json(daemon: DaemonProcess, command: str, *, exit_code: int = 0) -> dict[str, Any]:
@@ -320,24 +254,11 @@ def kvd_json(daemon: DaemonProcess, command: str, *, exit_code: int = 0) -> dict
     return found
 
 
-def damage_payloads(folder: Path, *, count: int) -> None:
-    """Flip a bit in the payload of the first records of the first segment."""
-    with sorted(folder.glob("segment-*"))[0].open("r+b") as file:
-        for record in range(count):
-            # Behind the segment's header, and the record's own.
-            at = 4096 + record * (4096 + SIZE) + 4096 + 70_000 * (record + 1)
-            file.seek(at)
-            byte = file.read(1)
-            file.seek(at)
-            file.write(bytes([byte[0] ^ 1]))
-
-
 def test_what_is_held_on_disk_stays_however_much_comes(tmp_path: Path) -> None:
     # Segments of three chunks: whenever one is given back, its held chunk needs a place at once.
-    daemon = DaemonProcess.on_disk(
+    with DaemonProcess.on_disk(
         tmp_path, "--no-nvme-prefetch", nvme_size="64MiB", cpu_size="8MiB"
-    )
-    try:
+    ) as daemon:
         with daemon.connect() as client:
             store(client, 0, 1)
             client.persist(timeout_s=PATIENCE_S)
@@ -349,14 +270,11 @@ def test_what_is_held_on_disk_stays_however_much_comes(tmp_path: Path) -> None:
                 assert client.lookup(keys_of(0, 1)) == 1
             assert client.status(audit=True).counters["nvme_evict_chunks"] > 100
             assert load(client, 0, 1) == 1
-    finally:
-        daemon.kill()
 
 
 def test_bytes_from_disk_travel_over_grpc_too(tmp_path: Path) -> None:
     socket = tmp_path / "grpc.sock"
-    daemon = DaemonProcess.on_disk(tmp_path, "--grpc-socket", str(socket))
-    try:
+    with DaemonProcess.on_disk(tmp_path, "--grpc-socket", str(socket)) as daemon:
         with kvd.connect(f"grpc+unix://{socket}") as client:
             for prompt in range(2):
                 store(client, prompt)
@@ -370,20 +288,14 @@ def test_bytes_from_disk_travel_over_grpc_too(tmp_path: Path) -> None:
                 for index, key in enumerate(keys):
                     assert np.array_equal(lease.raw(index), pattern(key, SIZE))
             assert client.status(audit=True).counters["promote_chunks"] == 16
-    finally:
-        daemon.kill()
 
 
 def test_asyncio_persists_too(tmp_path: Path) -> None:
-    daemon = DaemonProcess.on_disk(tmp_path)
-
-    async def story() -> int:
-        async with await kvd.connect_async(daemon.socket) as client:
+    async def story(socket: Path) -> int:
+        async with await kvd.connect_async(socket) as client:
             chunks = [pattern(key, SIZE) for key in keys_of(1)]
             await client.store(LAYOUT, keys_of(1), chunks)
             return await client.persist(keys_of(1), timeout_s=PATIENCE_S)
 
-    try:
-        assert asyncio.run(story()) == 8
-    finally:
-        daemon.kill()
+    with DaemonProcess.on_disk(tmp_path) as daemon:
+        assert asyncio.run(story(daemon.socket)) == 8

@@ -14,32 +14,28 @@ from click.testing import CliRunner
 
 from kvd.cli import main
 from tests.conftest import DaemonProcess
-from tests.test_tiers import PATIENCE_S, damage_payloads, keys_of, load, store
+from tests.tier_prompts import PATIENCE_S, damage_payloads, keys_of, load, store
 
 
 def fill(folder: Path, *flags: str, prompts: int = 2) -> None:
     """A daemon that stores a few prompts and stops."""
-    daemon = DaemonProcess.on_disk(folder, *flags)
-    try:
+    with DaemonProcess.on_disk(folder, *flags) as daemon:
         with daemon.connect() as client:
             for prompt in range(prompts):
                 store(client, prompt)
             assert client.persist(timeout_s=PATIENCE_S) == 8 * prompts
         assert daemon.stop() == 0
-    finally:
-        daemon.kill()
 
 
 def found_again(folder: Path, *flags: str, prompts: int = 2, nvme_size: str = "256MiB") -> int:
     """How many chunks a new daemon still has."""
-    daemon = DaemonProcess.on_disk(folder, *flags, nvme_size=nvme_size)
-    try:
-        with daemon.connect() as client:
-            count = sum(load(client, prompt) for prompt in range(prompts))
-            client.status(audit=True)
-            return count
-    finally:
-        daemon.kill()
+    with (
+        DaemonProcess.on_disk(folder, *flags, nvme_size=nvme_size) as daemon,
+        daemon.connect() as client,
+    ):
+        count = sum(load(client, prompt) for prompt in range(prompts))
+        client.status(audit=True)
+        return count
 
 
 def refusal(folder: Path, *flags: str) -> str:
@@ -129,24 +125,17 @@ class TestFsck:
         assert (code, report["is_repaired"]) == (0, True)
         code, report = fsck(tmp_path / "nvme")
         assert (code, report["is_clean"], report["num_records"]) == (0, True, 13)
-        daemon = DaemonProcess.on_disk(tmp_path)
-        try:
-            with daemon.connect() as client:
-                assert client.status(audit=True).num_chunks == 13
-                for prompt in range(2):
-                    load(client, prompt)
-                assert client.status().counters["quarantine_chunks"] == 0
-        finally:
-            daemon.kill()
+        with DaemonProcess.on_disk(tmp_path) as daemon, daemon.connect() as client:
+            assert client.status(audit=True).num_chunks == 13
+            for prompt in range(2):
+                load(client, prompt)
+            assert client.status().counters["quarantine_chunks"] == 0
 
     def test_a_folder_in_use_is_refused_with_the_pid(self, tmp_path: Path) -> None:
-        daemon = DaemonProcess.on_disk(tmp_path)
-        try:
+        with DaemonProcess.on_disk(tmp_path) as daemon:
             code, report = fsck(tmp_path / "nvme")
             assert code == 2
             assert str(daemon.pid) in report["error"]["message"]
-        finally:
-            daemon.kill()
 
 
 class TestSizes:

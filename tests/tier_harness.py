@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ import xxhash
 
 from kvd.arena import HUGE_PAGE_SIZE, Arena
 from kvd.chunk import ChunkMeta, Fingerprint
+from kvd.daemon import index_feed as feed_module
 from kvd.daemon import mover as mover_module
 from kvd.daemon import reopen as reopen_module
 from kvd.daemon import upkeep as upkeep_module
@@ -72,14 +74,11 @@ S = 10**9
 PATIENCE_S = 20.0
 
 # Rests so short that a test sees their end.
-QUICK: Mapping[str, float] = {
-    "REST_S_MIN": 0.02,
-    "REST_S_MAX": 0.05,
-    "QUOTA_REST_S": 0.01,
-    "INDEX_REST_S": 0.02,
-    "COMMIT_EVERY_S": 0.005,
+QUICK: Mapping[ModuleType, Mapping[str, float]] = {
+    mover_module: {"REST_S_MIN": 0.02, "REST_S_MAX": 0.05, "QUOTA_REST_S": 0.01},
+    feed_module: {"INDEX_REST_S": 0.02, "COMMIT_EVERY_S": 0.005},
+    upkeep_module: {"WATCH_EVERY_S": 0.01},
 }
-WATCH_EVERY_S = 0.01
 
 
 def key_of(path: Sequence[int]) -> ChunkKey:
@@ -460,7 +459,7 @@ class Node:
     def is_moving(self) -> bool:
         # Three tasks go on for ever.
         mover = self.mover
-        return bool(mover._writing or mover._reading or len(mover._tasks) > 3)
+        return bool(mover._writing or mover.promoter.tasks or len(mover._tasks) > 3)
 
     def audit(self) -> None:
         """Every invariant of store, shelf and log, and the bounds on the disk."""
@@ -495,9 +494,9 @@ class Node:
 
 def quick(patch: Callable[[object, str, object], None]) -> None:
     """Shorten the rests; `patch` is a monkeypatch's `setattr`."""
-    for name, value in QUICK.items():
-        patch(mover_module, name, value)
-    patch(upkeep_module, "WATCH_EVERY_S", WATCH_EVERY_S)
+    for module, values in QUICK.items():
+        for name, value in values.items():
+            patch(module, name, value)
 
 
 def end_loop(loop: asyncio.AbstractEventLoop) -> None:

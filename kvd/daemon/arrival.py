@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvd.chunk import Extent
 from kvd.daemon.directory import Entry
@@ -36,3 +36,36 @@ class Arrival:
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             callback()
+
+
+class Arrivals:
+    """All that are on their way: from disk, and what an earlier daemon left and is being checked.
+    A chunk is one of them at most.
+    """
+
+    def __init__(self) -> None:
+        self.from_disk: dict[Entry, Arrival] = {}
+        self.checking: dict[Entry, Arrival] = {}
+
+    def get(self, entry: Entry) -> Arrival | None:
+        """The entry's way into memory while it lasts."""
+        return self.from_disk.get(entry) or self.checking.get(entry)
+
+    def are_ready(self, entries: Sequence[Entry]) -> bool:
+        """Whether every byte of pinned chunks may be read."""
+        if self.checking and any(entry in self.checking for entry in entries):
+            return False
+        return all(entry.in_memory is not None for entry in entries)
+
+    def ready_size(self, entry: Entry) -> int | None:
+        """How many leading bytes of a pinned chunk may be read now; None if it is lost."""
+        arrival = self.get(entry)
+        if arrival is not None:
+            return arrival.ready
+        return None if entry.in_memory is None else entry.in_memory.extent.size
+
+    def extent_of(self, entry: Entry) -> Extent:
+        """Where a pinned chunk's bytes are in memory, or will be when they are ready."""
+        if entry.in_memory is not None:
+            return entry.in_memory.extent
+        return self.from_disk[entry].extent

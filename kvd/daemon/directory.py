@@ -14,7 +14,7 @@ however many chunks there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kvd.chunk import ChunkMeta, Placement
 from kvd.keys import ChunkKey, PackedKeys
@@ -205,6 +205,17 @@ class Directory:
         waiting = [entry for entries in self._waiting.values() for entry in entries]
         assert all(self._entries[entry.meta.key] is entry for entry in waiting)
         assert len(waiting) == sum(not entry.is_rooted for entry in self)
+
+
+def with_ancestors(entries: Iterable[Entry]) -> set[Entry]:
+    """The entries and all that they continue."""
+    found: set[Entry] = set()
+    for entry in entries:
+        ancestor: Entry | None = entry
+        while ancestor is not None and ancestor not in found:
+            found.add(ancestor)
+            ancestor = ancestor.parent
+    return found
 
 
 def _as_children(children: Entry | set[Entry] | None) -> Sequence[Entry] | set[Entry]:

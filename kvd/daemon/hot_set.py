@@ -34,13 +34,14 @@ from kvd.daemon.arrival import Arrival
 from kvd.daemon.config import Config
 from kvd.daemon.directory import Entry
 from kvd.daemon.keeper import Keeper, drop_kept, facts_here
-from kvd.daemon.labels import LABEL_VERSION, NO_TENANT, decode_label, encode_label
+from kvd.daemon.labels import LABEL_VERSION, decode_label, encode_label
 from kvd.daemon.leases import Writer
 from kvd.daemon.ledger import Ledger
 from kvd.daemon.ledger_format import LedgerContents, WritingSlot, num_slots_for
 from kvd.daemon.processes import is_process_gone, process_start
 from kvd.daemon.store import ChunkStore
 from kvd.errors import ConfigError, Corrupt, Unavailable
+from kvd.keys import short
 
 log = logging.getLogger("kvd.hot")
 
@@ -209,7 +210,7 @@ class HotSet:
             try:
                 meta, tenant = decode_label(slot.label)
                 self._store.tenants[meta.layout] = tenant
-                is_listed = self._store.revive(
+                is_listed = self._store.inherited.revive(
                     meta, Placement(extent, checksum=slot.checksum), time.monotonic_ns()
                 )
             except Corrupt:
@@ -228,11 +229,11 @@ class HotSet:
             extent = extents[writing.offset]
             assert extent is not None
             self._strays[extent] = writing
-            self._store.hold_stray(extent)
+            self._store.inherited.hold_stray(extent)
         self._free_gone()
 
     def _keep(self, entry: Entry, placement: Placement, digest: int) -> None:
-        label = encode_label(entry.meta, self._store.tenants.get(entry.meta.layout, NO_TENANT))
+        label = encode_label(entry.meta, self._store.tenant_of(entry.meta))
         extent = placement.extent
         if not self._ledger.keep(extent.offset, extent.size, digest, label):
             # No room for the label: it counts as never hashed.
@@ -260,14 +261,15 @@ class HotSet:
     async def _verify(self, arrival: Arrival) -> None:
         entry = arrival.entry
         placement = entry.in_memory
-        assert placement is not None
-        view = self._store.tier.view(placement.extent)
-        digest = await asyncio.to_thread(_digest, view)
-        is_good = digest == (placement.checksum or 0)
-        if not is_good:
-            log.error("event=damaged_in_memory chunk=%s", entry.meta.key[:4].hex())
-        self._store.verified(arrival, is_good=is_good)
-        arrival.ready = placement.extent.size if is_good else 0
+        if placement is not None:
+            view = self._store.tier.view(placement.extent)
+            is_good = await asyncio.to_thread(_digest, view) == (placement.checksum or 0)
+            # Who wanted it may be gone, and then the chunk too: its place is another's by now.
+            if self._store.arrival(entry) is arrival:
+                if not is_good:
+                    log.error("event=damaged_in_memory chunk=%s", short(entry.meta.key))
+                self._store.inherited.verified(arrival, is_good=is_good)
+                arrival.ready = placement.extent.size if is_good else 0
         arrival.notify()
 
     async def _watch_forever(self) -> None:
@@ -284,7 +286,7 @@ class HotSet:
 
     def _free(self, extent: Extent) -> None:
         del self._strays[extent]
-        self._store.free_stray(extent)
+        self._store.inherited.free_stray(extent)
 
     def _find_keeper(self) -> None:
         with suppress(Unavailable, ConfigError):

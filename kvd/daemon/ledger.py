@@ -18,9 +18,6 @@ import struct
 
 from kvd.arena import is_sealed, make_sealed
 from kvd.daemon.ledger_format import (
-    ALL_ONES,
-    CELL,
-    CELLS_AT,
     COMMITTED,
     FREE,
     HEADER_SIZE,
@@ -38,7 +35,6 @@ from kvd.daemon.ledger_format import (
     checksum,
     contents_of,
     pack_header,
-    parse_deadlines,
     parse_header,
     parse_slot,
     refuse,
@@ -74,9 +70,6 @@ class Ledger:
         # Slots from `_num_touched` on were never used, those from `_num_backed` have no memory.
         self._num_touched = 0
         self._num_backed = 0
-        # Which cell has the greater deadline.
-        self._cell = 0
-        self._deadline_ns = 0
         self._is_read = False
 
     @classmethod
@@ -126,19 +119,10 @@ class Ledger:
                 refuse("one of this boot of the machine", "one of an earlier boot")
             if header.namespaces != read_namespaces():
                 refuse("one of these pid and time namespaces", "one of others")
-            deadlines = parse_deadlines(block)
-            ledger = cls(fd, header)
+            return cls(fd, header)
         except BaseException:
             os.close(fd)
             raise
-        ledger._deadline_ns = max(deadlines)
-        ledger._cell = deadlines.index(ledger._deadline_ns)
-        return ledger
-
-    @property
-    def deadline_ns_max(self) -> int:
-        """The latest deadline ever noted, ns of CLOCK_MONOTONIC; 0 if there was none."""
-        return self._deadline_ns
 
     @property
     def num_entries(self) -> int:
@@ -174,14 +158,6 @@ class Ledger:
     def erase(self, offset: int) -> None:
         """The extent holds nothing. MUST come before its bytes are anybody else's."""
         self._clear(self._slot_by_offset.pop(offset))
-
-    def note_deadline(self, deadline_ns: int) -> None:
-        """Somebody may read until then, ns of CLOCK_MONOTONIC. MUST come before he is told."""
-        if deadline_ns <= self._deadline_ns:
-            return
-        self._cell = 1 - self._cell
-        CELL.pack_into(self._view, CELLS_AT[self._cell], deadline_ns, deadline_ns ^ ALL_ONES)
-        self._deadline_ns = deadline_ns
 
     def entries(self) -> LedgerContents:
         """All that the ledger holds. O(slots ever used); not for the event loop.

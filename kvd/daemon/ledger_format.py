@@ -35,12 +35,6 @@ _HEADER = struct.Struct("<8sHHI16sQII16sQ")
 _HEADER_CHECKSUM_AT = 120
 _U64 = struct.Struct("<Q")
 
-# A deadline and its complement, in two cells: a writer replaces the one that is not the greater.
-CELLS_AT = (128, 144)
-CELL = struct.Struct("<QQ")
-ALL_ONES = (1 << 64) - 1
-_ZEROS_FROM = 160
-
 # State, label size, pid, offset, size, checksum, process start, token, label.
 SLOT = struct.Struct(f"<BxHIQQQQQ8x{LABEL_SIZE_MAX}s")
 SLOT_CHECKSUM_AT = SLOT_SIZE - 8
@@ -76,9 +70,7 @@ class WritingSlot:
 
 @dataclass(frozen=True, slots=True)
 class CommittedSlot:
-    """An extent that nobody writes, whose bytes have no checksum: of use to nobody, but an earlier
-    reader may still copy it.
-    """
+    """An extent that nobody writes, whose bytes have no checksum: of use to nobody any more."""
 
     offset: int
     size: int
@@ -130,7 +122,7 @@ class SortedSlots:
 
 
 def pack_header(header: LedgerHeader) -> bytes:
-    """The whole header of a new ledger: no deadline is noted."""
+    """The whole header of a ledger."""
     block = bytearray(HEADER_SIZE)
     _HEADER.pack_into(
         block,
@@ -147,8 +139,6 @@ def pack_header(header: LedgerHeader) -> bytes:
         header.namespaces,
     )
     _U64.pack_into(block, _HEADER_CHECKSUM_AT, checksum(block[:_HEADER_CHECKSUM_AT]))
-    for at in CELLS_AT:
-        CELL.pack_into(block, at, 0, ALL_ONES)
     return bytes(block)
 
 
@@ -165,7 +155,7 @@ def parse_header(block: bytes, *, file_size: int) -> LedgerHeader:
         refuse(f"version {FORMAT_VERSION}", version)
     if (flags, header_size, slot_size) != (0, HEADER_SIZE, SLOT_SIZE):
         refuse(f"flags and sizes 0, {HEADER_SIZE}, {SLOT_SIZE}", (flags, header_size, slot_size))
-    if any(block[_HEADER.size : _HEADER_CHECKSUM_AT]) or any(block[_ZEROS_FROM:]):
+    if any(block[_HEADER.size : _HEADER_CHECKSUM_AT]) or any(block[_HEADER_CHECKSUM_AT + 8 :]):
         refuse("zeros in what is reserved", "others")
     header = LedgerHeader(
         instance=instance,
@@ -177,18 +167,6 @@ def parse_header(block: bytes, *, file_size: int) -> LedgerHeader:
     if not 0 < num_slots <= NUM_SLOTS_MAX or file_size != header.file_size:
         refuse(f"{num_slots} slots of {SLOT_SIZE} bytes", f"{file_size} bytes in all")
     return header
-
-
-def parse_deadlines(block: bytes) -> tuple[int, int]:
-    """Ns of CLOCK_MONOTONIC in each of a header's cells, -1 in one that is not whole.
-
-    Raises `Corrupt` where neither is.
-    """
-    cells = [CELL.unpack_from(block, at) for at in CELLS_AT]
-    first, second = (value if value ^ other == ALL_ONES else -1 for value, other in cells)
-    if max(first, second) < 0:
-        refuse("a whole deadline", "two halves")
-    return first, second
 
 
 def parse_slot(block: bytes, *, arena_size: int) -> Slot | None:

@@ -152,13 +152,13 @@ class _LocalClient:
             return
         was_attached = self._session.is_attached
         answer = self._session.handle_packet(bytes(self._view[:size]))
-        if isinstance(answer, Awaitable):
+        if isinstance(answer, bytes):
+            is_first = self._session.is_attached and not was_attached
+            self._send(answer, [self._arena_fd] if is_first else [])
+        elif answer is not None:
             # The next request waits in the socket until this one is answered.
             self._loop.remove_reader(self._peer)
             self._pending = self._loop.create_task(self._send_later(answer))
-        elif answer is not None:
-            is_first = self._session.is_attached and not was_attached
-            self._send(answer, [self._arena_fd] if is_first else [])
 
     async def _send_later(self, pending: Awaitable[bytes | None]) -> None:
         answer = await pending

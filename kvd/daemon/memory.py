@@ -18,6 +18,8 @@ from kvd.chunk import Extent, Placement
 from kvd.daemon.directory import Directory, Entry
 from kvd.daemon.eviction.base import EvictionPolicy
 from kvd.daemon.eviction.window import Run, cheapest_window
+from kvd.daemon.leases import Writer
+from kvd.daemon.roles import HotSet, Lower
 from kvd.tiers.cpu import CpuTier
 
 # Chunks whose write to disk is owed and that one search for room passes over: many, for each that
@@ -37,22 +39,43 @@ class Memory:
         directory: Directory,
         *,
         evict: Callable[[Entry], None],
-        is_owed: Callable[[Entry], bool],
     ) -> None:
         self.tier = tier
         self.policy = policy
+        # What lies below it, and what remembers it beyond the daemon's life: where they are.
+        self.lower: Lower | None = None
+        self.hot: HotSet | None = None
         self.pinned_size = 0
         self.reserved_size = 0
         # Bytes of chunks that are on disk as well: they can leave at any moment.
         self.clean_size = 0
         self._directory = directory
         self._evict = evict
-        self._is_owed = is_owed
 
     @property
     def ready_size(self) -> int:
         """Bytes that can be had without losing a chunk that is wanted on disk; pins not counted."""
         return self.tier.size - self.tier.used + self.clean_size
+
+    def is_owed(self, entry: Entry) -> bool:
+        """Whether it should have a copy on disk before it leaves memory, and has none."""
+        return self.lower is not None and entry.on_disk is None and self.lower.is_owed(entry)
+
+    def give_out(self, extent: Extent, writer: Writer | None) -> bool:
+        """Whether an extent just allocated may be written, by a client or (None) by the daemon; if
+        not, it is free again.
+        """
+        if self.hot is None or self.hot.write(extent, writer):
+            return True
+        self.tier.free(extent)
+        return False
+
+    def free(self, extent: Extent) -> None:
+        """Nobody needs the extent any more."""
+        # First forgotten, then free: whoever finds the arena later must not take it for the old.
+        if self.hot is not None:
+            self.hot.erase(extent)
+        self.tier.free(extent)
 
     def reserve(self, extent: Extent) -> None:
         """Somebody fills the extent; it cannot be evicted."""
@@ -148,7 +171,7 @@ class Memory:
                 continue
             if not entry.is_pinned:
                 left -= entry.in_memory.extent.size
-            if self._is_owed(entry):
+            if self.is_owed(entry):
                 found.append(entry)
         return found
 
@@ -166,7 +189,7 @@ class Memory:
                 if entry.on_disk is not None and len(parents) < LATE_CHUNKS_MAX:
                     parents.append(entry)
                 continue
-            if len(late) < LATE_CHUNKS_MAX and self._is_owed(entry):
+            if len(late) < LATE_CHUNKS_MAX and self.is_owed(entry):
                 late.append(entry)
                 continue
             yield entry

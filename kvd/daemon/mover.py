@@ -1,7 +1,7 @@
 """Mover: what goes between memory and disk, and when. The `Lower` of a store.
 
     commit ─► the coldest part of memory is written ahead ─► its memory can go at any moment
-    pin    ─► an arrival is read, stripe by stripe       ─► in memory, or lost
+    pin    ─► an arrival is read (promoter.py)           ─► in memory, or lost
     log nearly full ─► a segment is given back, what was asked for is copied on
 
 Writing ahead of the eviction is what makes eviction instant: a client that stores never waits for
@@ -17,27 +17,29 @@ import asyncio
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from kvd.chunk import Extent, Fingerprint, Placement
+import numpy as np
+from numpy.typing import NDArray
+
+from kvd.chunk import Placement
 from kvd.daemon.arrival import Arrival
 from kvd.daemon.directory import Entry
-from kvd.daemon.index import ChunkIndex, IndexRecord
-from kvd.daemon.labels import NO_TENANT, check_label, encode_label
+from kvd.daemon.index import ChunkIndex
+from kvd.daemon.index_feed import IndexFeed
+from kvd.daemon.labels import encode_label
+from kvd.daemon.promoter import Promoter
 from kvd.daemon.roles import PersistCount, ScrubCount
 from kvd.daemon.shelf import Shelf
 from kvd.daemon.store import ChunkStore
 from kvd.daemon.upkeep import Upkeep
 from kvd.errors import Corrupt, TierFailed
 from kvd.keys import short
-from kvd.proto.convert import layout_to_message
 from kvd.tiers.nvme import NvmeTier
-from kvd.tiers.segment import RecordHeader, payload_size_max, record_size
-from kvd.tiers.segment_reader import STRIPE_SIZE
+from kvd.tiers.segment import payload_size_max, record_size
 
 log = logging.getLogger("kvd.nvme")
 
@@ -53,25 +55,12 @@ WRITES_MAX = 16
 # Of memory, at most about this much is being written at a time.
 WRITING_FRACTION_MAX = 0.25
 
-# A chunk up to this comes in one piece. In stripes its first layers would be there half a
-# millisecond earlier, and a batch of such chunks 5 % later, for half as much again of the CPU.
-WHOLE_SIZE_MAX = 2 << 20
-
 # After a failure of the device, writes rest; each further failure doubles the rest.
 REST_S_MIN = 1.0
 REST_S_MAX = 60.0
 
 # A tenant at its quota is asked again after this long.
 QUOTA_REST_S = 1.0
-
-# After these pauses a read that the device refused is tried again; then the chunk is a miss.
-READ_AGAIN_S = (0.02, 0.2)
-
-# An index that has failed is begun anew after this long.
-INDEX_REST_S = 5.0
-
-# The index is committed at most so often, unless somebody waits for it.
-COMMIT_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +75,14 @@ class MoverOptions:
     scrub_rate: int = 0
 
 
+class Payload(NamedTuple):
+    """The bytes of a record, `uint8 [size]`, and their XXH3-64 where it is known already."""
+
+    data: NDArray[np.uint8]
+    codec: str
+    checksum: int | None
+
+
 class Mover:
     """Moves chunks of `store` to and from `tier`, and keeps `index` in step."""
 
@@ -97,12 +94,13 @@ class Mover:
         self.failure = ""
         self.shelf = Shelf(tier.log.segment_size, quota=options.quota)
         self.demoted_bytes = 0
+        self.feed = IndexFeed(store, tier.log, index)
+        self.promoter = Promoter(store, tier, tell_progress=self._tell_progress, spawn=self._spawn)
         self.upkeep = Upkeep(self, store, tier, scrub_rate=options.scrub_rate)
         self._store = store
         self._log = tier.log
         self._options = options
         self._loop = asyncio.get_running_loop()
-        self._known_layouts: set[Fingerprint] = set()
         # To be written at once, whatever admission says; and candidates of the last search.
         self._urgent: dict[Entry, None] = {}
         self._cold: deque[Entry] = deque()
@@ -113,18 +111,14 @@ class Mover:
         self._full_until: defaultdict[bytes, float] = defaultdict(float)
         self._wakeup = asyncio.Event()
         self._progress = asyncio.Event()
-        self._to_commit = asyncio.Event()
         self._writing: set[asyncio.Task[None]] = set()
-        self._reading: dict[int, set[asyncio.Task[None]]] = {}
-        # Copies that are being destroyed: their extents are not to be freed a second time.
-        self._killed: set[Entry] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._started = self._loop.time()
         self._is_closing = False
 
     def start(self) -> None:
         """Begin to write and to watch."""
-        forevers = (self._write_forever(), self._commit_forever(), self.upkeep.watch_forever())
+        forevers = (self._write_forever(), self.feed.commit_forever(), self.upkeep.watch_forever())
         for forever in forevers:
             self._spawn(forever)
         self.wake()
@@ -144,10 +138,11 @@ class Mover:
         self._is_closing = True
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._writing, *self._readers(), return_exceptions=True)
+        moves = (*self._writing, *self.promoter.tasks)
+        await asyncio.gather(*self._tasks, *moves, return_exceptions=True)
         if self.index.failure and flush_s > 0:
             # What it has missed would be on disk, and found by nobody.
-            await self.rebuild_index()
+            await self.feed.rebuild()
         await self.index.close()
         self.tier.close()
 
@@ -170,28 +165,23 @@ class Mover:
             return False
         if entry.size > payload_size_max(self._log.segment_size):
             return False
-        if self._options.quota and self._loop.time() < self._full_until[self.tenant_of(entry)]:
-            return False
+        if self._options.quota:
+            tenant = self._store.tenant_of(entry.meta)
+            if self._loop.time() < self._full_until[tenant]:
+                return False
         return entry.uses >= self._options.admit_hits or self._store.memory.policy.expects_return(
             entry.meta.key, time.monotonic_ns()
         )
 
     def fetch(self, arrival: Arrival) -> None:
-        assert arrival.entry.on_disk is not None
-        extent = arrival.entry.on_disk.extent
-        slot = extent.offset // self._log.segment_size
-        task = self._loop.create_task(self._read(arrival, extent))
-        self._reading.setdefault(slot, set()).add(task)
-        task.add_done_callback(partial(self._read_ended, slot))
+        self.promoter.fetch(arrival)
 
     def drop(self, entry: Entry) -> None:
         assert entry.on_disk is not None
-        extent = entry.on_disk.extent
-        self.shelf.remove(entry, self.tenant_of(entry))
-        if entry not in self._killed:
-            self._log.free(extent)
-        self.index.delete(entry.meta.key, extent.offset)
-        self._to_commit.set()
+        self.shelf.remove(entry, self._store.tenant_of(entry.meta))
+        if not self.promoter.is_killing(entry):
+            self._log.free(entry.on_disk.extent)
+        self.feed.forget(entry)
 
     def wake(self, committed: Sequence[Entry] = ()) -> None:
         if self._options.write == "through":
@@ -215,18 +205,9 @@ class Mover:
 
     async def persist(self, entries: Sequence[Entry], timeout_s: float) -> PersistCount:
         give_up = self._loop.time() + timeout_s
-        self._refusal = ""
-        wanted = [entry for entry in entries if entry.on_disk is None]
-        self._urgent.update((entry, None) for entry in wanted if self._can_be_written(entry))
-        self.wake()
-        while self._pending(wanted) and self._loop.time() < give_up and not self._is_resting:
-            await self._next_progress(give_up)
-        num_pending = 0 if self._is_resting else len(self._pending(wanted))
-        if self.index.failure:
-            # It may have failed while there was nothing to commit, and nobody has noticed.
-            self._to_commit.set()
-        num_moved = -1
-        while num_moved and (num_moved < 0 or self._loop.time() < give_up):
+        num_pending = await self._write_now([e for e in entries if e.on_disk is None], give_up)
+        self.feed.look()
+        while True:
             # What is written while the index commits is not part of that commit.
             written = [(entry, entry.on_disk) for entry in entries if entry.on_disk is not None]
             try:
@@ -240,12 +221,23 @@ class Mover:
                 # It is being begun anew: what that will hold is not durable yet.
                 return PersistCount(0, 0, f"the index keeps nothing: {self.index.failure}")
             num_moved = sum(entry.on_disk not in (None, placement) for entry, placement in written)
+            if not num_moved or self._loop.time() >= give_up:
+                break
         num_durable = sum(entry.on_disk is placement for entry, placement in written)
         num_pending += num_moved
         reason = ""
         if num_durable + num_pending < len(entries):
             reason = self._reason(entries)
         return PersistCount(num_durable, num_pending, reason)
+
+    async def _write_now(self, wanted: Sequence[Entry], give_up: float) -> int:
+        """Write chunks until all are on disk or cannot be; how many are still to come."""
+        self._refusal = ""
+        self._urgent.update((entry, None) for entry in wanted if self._can_be_written(entry))
+        self.wake()
+        while self._pending(wanted) and self._loop.time() < give_up and not self._is_resting:
+            await self._next_progress(give_up)
+        return 0 if self._is_resting else len(self._pending(wanted))
 
     def _reason(self, entries: Sequence[Entry]) -> str:
         """Why not all of `entries` are on disk."""
@@ -308,7 +300,7 @@ class Mover:
                     self._urgent[entry] = None
                     self._spawn(self.upkeep.reclaim_ahead())
                     break
-                self._store.begin_demotion(entry)
+                self._store.transit.begin_demotion(entry)
                 task = self._loop.create_task(self._demote(entry))
                 self._writing.add(task)
                 task.add_done_callback(self._write_ended)
@@ -324,7 +316,7 @@ class Mover:
             return not self._writing
         # What is being written cannot be evicted: most of memory must stay of use.
         size_max = self._store.tier.size * WRITING_FRACTION_MAX
-        return len(self._writing) < WRITES_MAX and self._store.demoting_size < size_max
+        return len(self._writing) < WRITES_MAX and self._store.transit.demoting_size < size_max
 
     def _next_owed(self) -> Entry | None:
         while self._urgent:
@@ -348,7 +340,7 @@ class Mover:
             self._cold.extend(
                 entry
                 for entry in self._store.memory.owed(size, SEARCH_MAX)
-                if not self._store.is_demoting(entry)
+                if not self._store.transit.is_demoting(entry)
             )
             if self._cold:
                 self._wakeup.set()
@@ -358,7 +350,7 @@ class Mover:
         return (
             entry.in_memory is not None
             and entry.on_disk is None
-            and not self._store.is_demoting(entry)
+            and not self._store.transit.is_demoting(entry)
             and self._store.directory.get(entry.meta.key) is entry
             and entry.size <= payload_size_max(self._log.segment_size)
         )
@@ -371,12 +363,13 @@ class Mover:
         self._tell_progress()
 
     async def _demote(self, entry: Entry) -> None:
-        extent: Extent | None = None
+        copy: Placement | None = None
         is_damaged = False
         try:
             if self._keep_quota(entry):
-                with self.shelf.expecting(self.tenant_of(entry), record_size(entry.size)):
-                    extent = await self._append(entry)
+                tenant = self._store.tenant_of(entry.meta)
+                with self.shelf.expecting(tenant, record_size(entry.size)):
+                    copy = await self._append(entry)
                 self._succeeded()
         except TierFailed as error:
             self.failed(error)
@@ -387,7 +380,7 @@ class Mover:
             log.exception("event=demotion_failed chunk=%s", short(entry.meta.key))
             self.failed(TierFailed(f"a chunk could not be written: {error!r}"))
         finally:
-            self._end_demotion(entry, extent)
+            self._end_demotion(entry, copy)
         if is_damaged:
             # Its bytes are not those that were committed, whoever changed them.
             log.error("event=damaged_in_memory chunk=%s", short(entry.meta.key))
@@ -396,7 +389,7 @@ class Mover:
 
     def _keep_quota(self, entry: Entry) -> bool:
         """Drop what a tenant's new chunk has to push out; False if that is not enough."""
-        tenant = self.tenant_of(entry)
+        tenant = self._store.tenant_of(entry.meta)
         victims = self.shelf.excess(tenant, record_size(entry.size), is_read=self._is_arriving)
         if victims is None:
             self._refusal = "the tenant's quota is full"
@@ -411,32 +404,29 @@ class Mover:
     def _is_arriving(self, entry: Entry) -> bool:
         return self._store.arrival(entry) is not None
 
-    def _end_demotion(self, entry: Entry, extent: Extent | None) -> None:
-        placement = None
-        if extent is not None:
-            assert entry.in_memory is not None
-            placement = Placement(extent, checksum=entry.in_memory.checksum)
-        is_wanted = self._store.end_demotion(entry, placement)
-        if placement is None or extent is None:
+    def _end_demotion(self, entry: Entry, copy: Placement | None) -> None:
+        is_wanted = self._store.transit.end_demotion(entry, copy)
+        if copy is None:
             return
         if not is_wanted:
-            self._log.free(extent)
+            self._log.free(copy.extent)
             return
         self._store.counters["demote_chunks"] += 1
-        self._store.counters["demote_bytes"] += extent.size
-        self.demoted_bytes += extent.size
-        self.shelf.add(entry, self.tenant_of(entry))
-        self.remember(entry)
+        self._store.counters["demote_bytes"] += copy.extent.size
+        self.demoted_bytes += copy.extent.size
+        self.shelf.add(entry, self._store.tenant_of(entry.meta))
+        self.feed.remember(entry)
 
-    async def _append(self, entry: Entry) -> Extent:
-        assert entry.in_memory is not None
-        label = encode_label(entry.meta, self.tenant_of(entry))
-        payload = self._store.tier.view(entry.in_memory.extent)
-        checksum = entry.in_memory.checksum
+    async def _append(self, entry: Entry) -> Placement:
+        """A durable copy of the entry."""
+        label = encode_label(entry.meta, self._store.tenant_of(entry.meta))
+        payload = self._payload_of(entry)
         is_refused = False
         while True:
             try:
-                extent = await self.tier.append(label, payload, payload_checksum=checksum)
+                extent = await self.tier.append(
+                    label, payload.data, codec=payload.codec, payload_checksum=payload.checksum
+                )
             except TierFailed as error:
                 # The file system gives no more than the log has: it goes on in that, if it can.
                 if is_refused or not self.upkeep.is_refused(error, entry.size):
@@ -448,57 +438,16 @@ class Mover:
             if extent is not None:
                 if self.upkeep.is_due:
                     self._spawn(self.upkeep.reclaim_ahead())
-                return extent
+                return Placement(extent, payload.codec, checksum=payload.checksum)
             if not await self.upkeep.reclaim(self.upkeep.room + 1):
                 raise TierFailed(self.upkeep.fullness)
 
-    def remember(self, entry: Entry) -> None:
-        """Queue the entry's copy for the index."""
-        assert entry.on_disk is not None
-        layout = entry.meta.layout
-        if layout not in self._known_layouts and layout in self._store.layouts:
-            self._known_layouts.add(layout)
-            message = layout_to_message(self._store.layouts[layout])
-            self.index.put_layout(layout, message.SerializeToString())
-        self.index.put(self._record(entry))
-        self._to_commit.set()
-
-    async def _commit_forever(self) -> None:
-        while True:
-            await self._to_commit.wait()
-            await asyncio.sleep(COMMIT_EVERY_S)
-            self._to_commit.clear()
-            if self.index.failure:
-                await self.rebuild_index()
-                if self.index.failure:
-                    await asyncio.sleep(INDEX_REST_S)
-                    self._to_commit.set()
-                continue
-            with suppress(TierFailed):
-                await self.index.commit()
-            if self.index.failure:
-                log.error("event=index_failed reason=%r", self.index.failure)
-                self._store.counters["nvme_index_errors"] += 1
-                await asyncio.sleep(INDEX_REST_S)
-                self._to_commit.set()
-
-    def _on_disk(self) -> Iterator[IndexRecord]:
-        # Counted when the first is asked for, all at once.
-        yield from [self._record(entry) for entry in self._store.directory if entry.on_disk]
-
-    async def rebuild_index(self) -> None:
-        """Write the index anew, out of what is known."""
-        layouts = {
-            bytes(fingerprint): layout_to_message(layout).SerializeToString()
-            for fingerprint, layout in self._store.layouts.items()
-        }
-        try:
-            # What changes before the new index is begun is not told to it, and counted then.
-            await self.index.reset(self._on_disk(), layouts)
-            log.info("event=index_rebuilt records=%d", self.shelf.num_chunks)
-        except (TierFailed, OSError) as error:
-            # OSError where no process can be started for want of descriptors or memory.
-            log.error("event=index_rebuild_failed reason=%r", str(error))
+    def _payload_of(self, entry: Entry) -> Payload:
+        """What is written of a chunk: here alone its bytes become stored ones."""
+        placement = entry.in_memory
+        assert placement is not None
+        view = self._store.tier.view(placement.extent)
+        return Payload(view, placement.codec, placement.checksum)
 
     # Failures.
 
@@ -518,113 +467,10 @@ class Mover:
         self.failure = ""
         self._rest_s = 0.0
 
-    # Reading.
-
-    async def _read(self, arrival: Arrival, extent: Extent) -> None:
-        entry = arrival.entry
-        try:
-            await self._read_patiently(arrival, extent)
-        except TierFailed as error:
-            log.error("event=read_failed chunk=%s reason=%r", short(entry.meta.key), str(error))
-            self._store.counters["nvme_read_errors"] += 1
-            self._store.lose(arrival)
-        except Corrupt as error:
-            self.quarantine(entry, extent, str(error), arrival)
-        except BaseException:
-            self._store.lose(arrival)
-            raise
-        else:
-            self._store.land(arrival)
-        finally:
-            arrival.notify()
-            self._tell_progress()
-
-    async def _read_patiently(self, arrival: Arrival, extent: Extent) -> None:
-        for pause_s in READ_AGAIN_S:
-            try:
-                await self._read_into(arrival, extent)
-            except TierFailed:
-                # No descriptor or no memory for a moment; a bad block is bad the next time too.
-                await asyncio.sleep(pause_s)
-            else:
-                return
-        await self._read_into(arrival, extent)
-
-    async def _read_into(self, arrival: Arrival, extent: Extent) -> None:
-        out = self._store.tier.view(arrival.extent)
-        tell = partial(self._loop.call_soon_threadsafe, arrival.notify)
-
-        def progress(ready: int) -> None:
-            arrival.ready = ready
-            if arrival.is_awaited:
-                tell()
-
-        def check(header: RecordHeader) -> None:
-            check_label(arrival.entry.meta, header.label)
-
-        stripe_size = STRIPE_SIZE if extent.size > WHOLE_SIZE_MAX else extent.size
-        await self.tier.read_stream(
-            extent, out, check=check, progress=progress, stripe_size=stripe_size
-        )
-
-    def quarantine(
-        self, entry: Entry, extent: Extent, reason: str, arrival: Arrival | None = None
-    ) -> None:
-        """A record is not what was stored: nobody gets it, and no later scan meets it again."""
-        log.error(
-            "event=quarantined chunk=%s offset=%d reason=%r",
-            short(entry.meta.key),
-            extent.offset,
-            reason,
-        )
-        self._store.counters["quarantine_chunks"] += 1
-        is_current = entry.on_disk is not None and entry.on_disk.extent == extent
-        if is_current:
-            self._killed.add(entry)
-        if arrival is not None:
-            self._store.lose(arrival)
-        elif is_current:
-            self._store.unshelve(entry)
-        if is_current:
-            self._killed.discard(entry)
-            self._spawn(self.tier.kill(extent))
-
-    def _read_ended(self, slot: int, task: asyncio.Task[None]) -> None:
-        self._reading[slot].discard(task)
-        if not self._reading[slot]:
-            del self._reading[slot]
-        if not task.cancelled() and task.exception() is not None:
-            log.error("event=promotion_failed", exc_info=task.exception())
-
-    def _readers(self) -> list[asyncio.Task[None]]:
-        return [task for tasks in self._reading.values() for task in tasks]
-
-    async def reads_end(self, slot: int) -> None:
-        """Wait until nobody reads the segment."""
-        if tasks := self._reading.get(slot):
-            await asyncio.wait(tasks)
-
     # Small things.
 
-    def _record(self, entry: Entry) -> IndexRecord:
-        assert entry.on_disk is not None
-        extent = entry.on_disk.extent
-        return IndexRecord(
-            key=entry.meta.key,
-            offset=extent.offset,
-            size=extent.size,
-            life=self._log.life(extent),
-            checksum=entry.on_disk.checksum or 0,
-            codec=entry.on_disk.codec,
-            label=encode_label(entry.meta, self.tenant_of(entry)),
-        )
-
-    def tenant_of(self, entry: Entry) -> bytes:
-        """Whose chunk it is, for quotas."""
-        return self._store.tenants.get(entry.meta.layout, NO_TENANT)
-
     def _pending(self, wanted: Iterable[Entry]) -> list[Entry]:
-        return [e for e in wanted if e in self._urgent or self._store.is_demoting(e)]
+        return [e for e in wanted if e in self._urgent or self._store.transit.is_demoting(e)]
 
     async def _next_progress(self, give_up: float) -> None:
         self._progress.clear()

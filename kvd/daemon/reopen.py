@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
-from kvd.chunk import Extent, Fingerprint, Placement
+from kvd.chunk import ChunkMeta, Extent, Fingerprint, Placement
 from kvd.daemon.config import Config
 from kvd.daemon.index import ChunkIndex, IndexRecord
 from kvd.daemon.labels import decode_label
@@ -86,11 +86,14 @@ async def reopen(config: Config, store: ChunkStore, progress: Progress | None = 
             found.reason,
         )
         records = await asyncio.to_thread(_scan, segment_log, progress)
+    if config.nvme_quota:
+        # Whoever is beyond its quota loses what is oldest.
+        records = _by_age(segment_log, records)
     with _no_collection():
         count = _restore(store, mover, records)
     mover.keep_quotas()
     if found.reason:
-        await mover.rebuild_index()
+        await mover.feed.rebuild()
     log.info(
         "event=nvme_opened path=%s chunks=%d direct=%s seconds=%.2f",
         path,
@@ -185,24 +188,29 @@ def _scan(segment_log: SegmentLog, progress: Progress | None) -> list[IndexRecor
     return [record for _, record in newest.values()]
 
 
+def _by_age(segment_log: SegmentLog, records: Iterable[IndexRecord]) -> list[IndexRecord]:
+    """The records in the order they were written."""
+    rank = {info.slot: info.sequence for info in segment_log.segments()}
+
+    def age(record: IndexRecord) -> tuple[int, int]:
+        return rank.get(record.offset // segment_log.segment_size, 0), record.offset
+
+    return sorted(records, key=age)
+
+
 def _restore(store: ChunkStore, mover: Mover, records: Iterable[IndexRecord]) -> int:
+    """List what the records name; the count. The index forgets those that cannot be used: another
+    record may get the place of such a one, in the same life of the segment.
+    """
     count = 0
     for record in records:
+        found = _parse(store, record)
         extent = Extent(NAME, record.offset, record.size)
-        try:
-            meta, tenant = decode_label(record.label)
-        except Corrupt:
+        if found is None or not mover.tier.log.adopt(extent, life=record.life):
+            mover.index.delete(record.key, record.offset)
             continue
+        meta, tenant = found
         placement = Placement(extent, record.codec, checksum=record.checksum or None)
-        if meta.key != record.key:
-            continue
-        layout = store.layouts.get(Fingerprint(meta.layout))
-        if layout is not None and layout.size(meta.num_tokens) != record.size:
-            continue
-        if not mover.tier.log.adopt(extent, life=record.life):
-            # Another record may get its place, in the same life of the segment.
-            mover.index.delete(meta.key, record.offset)
-            continue
         entry = store.restore(meta, placement)
         if entry is None:
             mover.tier.log.free(extent)
@@ -210,3 +218,17 @@ def _restore(store: ChunkStore, mover: Mover, records: Iterable[IndexRecord]) ->
         mover.adopt(entry, tenant)
         count += 1
     return count
+
+
+def _parse(store: ChunkStore, record: IndexRecord) -> tuple[ChunkMeta, bytes] | None:
+    """The chunk of a record, and whose it is; None where the record contradicts itself."""
+    try:
+        meta, tenant = decode_label(record.label)
+    except Corrupt:
+        return None
+    if meta.key != record.key:
+        return None
+    layout = store.layouts.get(Fingerprint(meta.layout))
+    if layout is not None and layout.size(meta.num_tokens) != record.size:
+        return None
+    return meta, tenant

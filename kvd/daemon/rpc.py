@@ -208,7 +208,7 @@ async def _converse(session: Session, context: Any) -> None:
     # At the end of the stream there are no bytes but a mark.
     while isinstance(packet, bytes):
         answer = session.handle_packet(packet)
-        if isinstance(answer, Awaitable):
+        if answer is not None and not isinstance(answer, bytes):
             answer = await answer
         if answer is not None:
             await context.write(answer)

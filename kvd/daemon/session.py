@@ -16,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from itertools import count
+from types import CoroutineType
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
@@ -46,6 +47,7 @@ log = logging.getLogger("kvd.session")
 CLIENT_NAME_SIZE_MAX = 128
 
 L = TypeVar("L", ReadLease, WriteLease)
+R = TypeVar("R")
 
 _STATES = {"granted": pb.GRANTED, "exists": pb.EXISTS, "busy": pb.BUSY, "full": pb.FULL}
 
@@ -119,7 +121,7 @@ class Session:
             if not self.is_attached and verb != "attach":
                 raise InvalidRequest(f"attach comes first, found {verb}")
             result = self._verbs[verb](getattr(request, verb))
-            if isinstance(result, Awaitable):
+            if isinstance(result, CoroutineType):
                 return self._finish(request, verb, result)
             return _answer(request, verb, result)
         except Exception as error:  # noqa: BLE001 - every failure is answered
@@ -204,14 +206,8 @@ class Session:
         if message.wait_ns and lower is not None:
             size = self._store.missing_size(metas)
             if not lower.has_room(size):
-                wait_ns = min(message.wait_ns, ROOM_WAIT_NS_MAX)
-                return self._reserve_later(message, metas, lower.make_room(size, wait_ns / 1e9))
-        return self._reserve_now(message, metas)
-
-    async def _reserve_later(
-        self, message: pb.ReserveRequest, metas: Sequence[ChunkMeta], room: Awaitable[None]
-    ) -> pb.ReserveReply:
-        await room
+                room = lower.make_room(size, _room_wait_s(message.wait_ns))
+                return _later(room, partial(self._reserve_now, message, metas))
         return self._reserve_now(message, metas)
 
     def _reserve_now(
@@ -247,18 +243,8 @@ class Session:
         if message.wait_ns and lower is not None:
             size = self._store.absent_size(keys)
             if not lower.has_room(size):
-                wait_ns = min(message.wait_ns, ROOM_WAIT_NS_MAX)
-                return self._pin_later(message, keys, layout, lower.make_room(size, wait_ns / 1e9))
-        return self._pin_now(message, keys, layout)
-
-    async def _pin_later(
-        self,
-        message: pb.PinRequest,
-        keys: Sequence[ChunkKey],
-        layout: Fingerprint,
-        room: Awaitable[None],
-    ) -> pb.PinReply:
-        await room
+                room = lower.make_room(size, _room_wait_s(message.wait_ns))
+                return _later(room, partial(self._pin_now, message, keys, layout))
         return self._pin_now(message, keys, layout)
 
     def _pin_now(
@@ -407,6 +393,16 @@ class Session:
         if time.monotonic_ns() > lease.deadline_ns:
             raise LeaseExpired(f"lease {lease_id} has ended")
         return lease
+
+
+async def _later(room: Awaitable[None], answer: Callable[[], R]) -> R:
+    """The answer when there is room, or the wait for it is over."""
+    await room
+    return answer()
+
+
+def _room_wait_s(wait_ns: int) -> float:
+    return min(wait_ns, ROOM_WAIT_NS_MAX) / 1e9
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

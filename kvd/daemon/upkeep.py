@@ -93,7 +93,7 @@ class Upkeep:
         """Whether new writes should wait: beside those under way, the room that is left is for what
         is copied on. Not where nothing can be given back.
         """
-        size = self._copy_size_max + self._store.demoting_size
+        size = self._copy_size_max + self._store.transit.demoting_size
         return not self._is_stuck and self._has_less_than(size)
 
     def _has_less_than(self, size: int) -> bool:
@@ -189,8 +189,8 @@ class Upkeep:
                 if self._store.arrival(entry) is None:
                     self._store.counters["nvme_evict_chunks"] += entry.in_memory is None
                     self._store.unshelve(entry)
-            await self._mover.reads_end(info.slot)
-        await self._mover.reads_end(info.slot)
+            await self._mover.promoter.reads_end(info.slot)
+        await self._mover.promoter.reads_end(info.slot)
         try:
             await self._tier.reclaim(info.slot)
         except InvalidRequest:
@@ -218,7 +218,7 @@ class Upkeep:
             )
         except Corrupt as error:
             if entry.on_disk is placement and self._store.arrival(entry) is None:
-                self._mover.quarantine(entry, placement.extent, str(error))
+                self._mover.promoter.quarantine(entry, placement.extent, str(error))
             return
         except TierFailed as error:
             self._mover.failed(error)
@@ -232,13 +232,13 @@ class Upkeep:
         self._copy_size = max(self._copy_size - record_size(extent.size), 0)
         self._store.counters["nvme_copy_chunks"] += 1
         self._store.counters["nvme_copy_bytes"] += extent.size
-        tenant = self._mover.tenant_of(entry)
+        tenant = self._store.tenant_of(entry.meta)
         self._mover.shelf.remove(entry, tenant)
         self._log.free(placement.extent)
         entry.on_disk = Placement(extent, placement.codec, placement.is_exact, placement.checksum)
         entry.is_recent = False
         self._mover.shelf.add(entry, tenant)
-        self._mover.remember(entry)
+        self._mover.feed.remember(entry)
 
     async def watch_forever(self) -> None:
         """Keep the reserve, and begin a pass when one is due."""
@@ -299,7 +299,7 @@ class Upkeep:
             if entry.on_disk is not placement:
                 return True
             if self._store.arrival(entry) is None:
-                self._mover.quarantine(entry, placement.extent, str(error))
+                self._mover.promoter.quarantine(entry, placement.extent, str(error))
             return False
         except TierFailed as error:
             log.error("event=scrub_failed offset=%d reason=%r", placement.extent.offset, str(error))
