@@ -1,0 +1,95 @@
+"""bf16/1: lossless for 16-bit dtypes, 1.5 times smaller. docs/formats/bitstream.md.
+
+A section is one layer, all heads; in it a block for each plane. A block is coded, or the values as
+they are where coding does not pay.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvd.codecs.base import WHOLE, Bytes, Part, Span
+from kvd.codecs.bf16_block import Values, decode_block, fastest_kernels, read_block, write_block
+from kvd.codecs.bitstream import (
+    Header,
+    Section,
+    read_header_of,
+    read_sections,
+    total_size,
+    write_bitstream,
+)
+from kvd.codecs.kernels import reference_bf16
+from kvd.codecs.values import as_layers
+from kvd.errors import Corrupt, Unsupported
+from kvd.layout import KVLayout
+
+NAME = "bf16/1"
+
+# A step of a channel's offset is one octave: bits of the high byte below the exponent.
+_SHIFTS = {"bfloat16": 0, "float16": 3}
+
+
+class Bf16:
+    """The lossless codec: every bit pattern comes back. A part of the heads costs all of them."""
+
+    name = NAME
+    is_exact = True
+
+    def __init__(self, *, with_numba: bool = True) -> None:
+        self._kernels = fastest_kernels() if with_numba else reference_bf16
+
+    def size_bytes_max(self, layout: KVLayout, num_tokens: int) -> int:
+        header = _header(layout)
+        block = 1 + 2 * num_tokens * layout.num_kv_heads * layout.head_dim
+        return total_size(header, layout, [layout.num_planes * block] * layout.num_layers)
+
+    def encode(self, kv: Bytes, layout: KVLayout, span: Span, out: Bytes) -> int:
+        shift = _shift_of(layout)
+        assert out.size >= self.size_bytes_max(layout, span.num_tokens)
+        chunk = as_layers(kv, layout, span.num_tokens, np.uint16)
+
+        def write_section(layers: range, heads: range, target: Bytes) -> int:
+            size = 0
+            for layer in layers:
+                for plane in chunk[layer, :, :, heads.start : heads.stop]:
+                    values = np.ascontiguousarray(plane).reshape(span.num_tokens, -1)
+                    size += write_block(self._kernels, values, shift, target[size:])
+            return size
+
+        return write_bitstream(_header(layout), layout, span, out, write_section)
+
+    def decode(
+        self, bitstream: Bytes, layout: KVLayout, span: Span, out: Bytes, part: Part = WHOLE
+    ) -> None:
+        shift = _shift_of(layout)
+        header = read_header_of(bitstream, NAME, is_exact=True)
+        chunk = as_layers(out, layout, span.num_tokens, np.uint16)
+        for section in read_sections(bitstream, header, layout, span, part):
+            self._decode_section(section, layout, chunk, part, shift)
+
+    def _decode_section(
+        self, section: Section, layout: KVLayout, chunk: Values, part: Part, shift: int
+    ) -> None:
+        layers, heads, tokens = part.within(layout, chunk.shape[2])
+        within = range(max(heads.start, section.heads.start), min(heads.stop, section.heads.stop))
+        first = (within.start - section.heads.start) * layout.head_dim
+        channels = len(section.heads) * layout.head_dim
+        rest = section.content
+        for layer in section.layers:
+            for plane in range(layout.num_planes):
+                block, rest = read_block(rest, chunk.shape[2], channels)
+                if layer in layers:
+                    target = chunk[layer, plane, :tokens, within.start : within.stop]
+                    decode_block(self._kernels, block, shift, first, target)
+        if rest.size:
+            raise Corrupt(f"{rest.size} bytes behind the last block of a section")
+
+
+def _header(layout: KVLayout) -> Header:
+    return Header(codec=NAME, is_exact=True, section_heads=layout.num_kv_heads)
+
+
+def _shift_of(layout: KVLayout) -> int:
+    if layout.dtype not in _SHIFTS:
+        raise Unsupported(f"{NAME} keeps {' and '.join(_SHIFTS)}, the layout has {layout.dtype}")
+    return _SHIFTS[layout.dtype]

@@ -1,0 +1,264 @@
+"""kvq/1: entropy-coded scalar quantisation of KV, at the levels of a model's profile.
+
+Keys are un-rotated, means subtracted, steps divided out; from some levels on an orthonormal
+transform takes out what channels have in common; the rest is rounded and coded with canned tables.
+Attention sinks, and what is not finite, stay as they are. Sections are coded apart, on as many
+threads as there may be; the bytes are the same on any count of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvd.codecs import kvq_section
+from kvd.codecs.base import WHOLE, Bytes, Part, Span
+from kvd.codecs.bitstream import (
+    SECTION_ALIGN,
+    Header,
+    Section,
+    body_offset,
+    read_header,
+    read_sections,
+    write_head,
+)
+from kvd.codecs.kernels.kvq import Coded, Kernels, Window, kernels
+from kvd.codecs.kvq_plan import Plan, level_index
+from kvd.codecs.kvq_section import Content
+from kvd.codecs.profile import Profile
+from kvd.codecs.tables import CLASS_RAW
+from kvd.errors import Corrupt, InvalidRequest, Unsupported
+from kvd.layout import KVLayout
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+NAME = "kvq/1"
+# Positions that every token attends to: an error there is an error everywhere.
+NUM_SINKS = 4
+
+_DTYPES = ("bfloat16", "float16")
+
+
+class ProfileBook(Protocol):
+    """Where profiles are found."""
+
+    def for_layout(self, layout: KVLayout) -> Profile | None:
+        """The profile to encode with, if the model has one."""
+        ...
+
+    def by_hash(self, hash: bytes) -> Profile | None:
+        """The profile that a bitstream names."""
+        ...
+
+
+# Which tokens deserve finer steps: un-rotated keys float32 [tokens, heads, head_dim] of a layer ->
+# uint8 [tokens, heads], each 0, 1 (a quarter of the step) or 2 (a sixteenth).
+TokenClasses = Callable[[NDArray[np.float32], Profile, int], NDArray[np.uint8]]
+
+
+class Kvq:
+    """A lossy codec at one level, by index or name in the profile; decodes every level."""
+
+    name = NAME
+    is_exact = False
+
+    def __init__(
+        self,
+        level: int | str,
+        profiles: ProfileBook,
+        *,
+        token_classes: TokenClasses | None = None,
+        num_threads: int = 1,
+        compute: Kernels | None = None,
+    ) -> None:
+        self._level = level
+        self._profiles = profiles
+        self._token_classes = token_classes
+        self._num_threads = num_threads
+        self._compute = compute or kernels()
+
+    def size_bytes_max(self, layout: KVLayout, num_tokens: int) -> int:
+        # Sections are smallest, and most, with one layer and one head each; larger ones only take
+        # less, but for their last bytes of padding.
+        header = Header(codec=NAME, is_exact=False)
+        rows, columns = header.num_sections(layout)
+        num_channels = layout.num_planes * layout.head_dim
+        section = kvq_section.size_max(num_tokens, num_channels) + SECTION_ALIGN
+        return body_offset(header, layout) + rows * columns * section
+
+    def encode(self, kv: Bytes, layout: KVLayout, span: Span, out: Bytes) -> int:
+        _check_dtype(layout)
+        profile = self._profiles.for_layout(layout)
+        if profile is None:
+            raise Unsupported(f"no profile of {layout.model}: kvd calibrate makes one")
+        plan = Plan(NAME, profile, level_index(self._level, profile), layout, span)
+        chunk, _ = _elements(kv, layout, span)
+        assert out.size >= self.size_bytes_max(layout, span.num_tokens)
+
+        def encoded(window: Window) -> Bytes:
+            section = kvq_section.pack(self._content(chunk, plan, profile, window))
+            if section.size <= kvq_section.size_max(span.num_tokens, plan.num_channels(window)):
+                return section
+            # Symbols that take more room than what they stand for.
+            return kvq_section.pack(_verbatim(chunk, window))
+
+        offset = body_offset(plan.header, layout)
+        sizes = []
+        for section in self._mapped(encoded, plan.windows()):
+            out[offset : offset + section.size] = section
+            sizes.append(section.size)
+            offset += -(-section.size // SECTION_ALIGN) * SECTION_ALIGN
+        return write_head(plan.header, layout, span, sizes, out)
+
+    def decode(
+        self, bitstream: Bytes, layout: KVLayout, span: Span, out: Bytes, part: Part = WHOLE
+    ) -> None:
+        _check_dtype(layout)
+        header = read_header(bitstream)
+        plan = self._plan_of(header, layout, span)
+        layers, heads, num_tokens = part.within(layout, span.num_tokens)
+        chunk, is_copy = _elements(out, layout, span)
+
+        def decode_section(section: Section) -> None:
+            window = Window(layers=section.layers, heads=section.heads)
+            wanted = Window(layers=_both(layers, window.layers), heads=_both(heads, window.heads))
+            content = kvq_section.parse(section.content, span.num_tokens, plan.num_channels(window))
+            numbers = self._numbers(content, plan, window, num_tokens)
+            raws = content.raws_by_token(num_tokens)
+            self._compute.restore(numbers, window, wanted, plan.scales, raws, chunk)
+
+        for _ in self._mapped(decode_section, read_sections(bitstream, header, layout, span, part)):
+            pass
+        if is_copy:
+            out[:] = chunk.reshape(-1).view(np.uint8)
+
+    def _content(
+        self, chunk: NDArray[np.uint16], plan: Plan, profile: Profile, window: Window
+    ) -> Content:
+        num_tokens = chunk.shape[2]
+        numbers = np.empty((num_tokens, plan.num_channels(window)), np.float32)
+        is_finite = self._compute.normalise(chunk, window, plan.scales, numbers)
+        classes = self._classes(chunk, plan, profile, window)
+        classes[~is_finite] = CLASS_RAW
+        classes[: max(0, NUM_SINKS - plan.span.start)] = CLASS_RAW
+        basis = plan.basis(window)
+        if basis is not None:
+            # What overflows does not fit a symbol, and its token becomes raw.
+            with np.errstate(over="ignore", invalid="ignore"):
+                numbers = numbers @ basis.T
+        symbols = self._compute.quantise(numbers, classes, plan.dither(window))
+        ids = self._compute.choose_tables(symbols, classes)
+        coded = self._compute.encode(symbols, classes, ids)
+        raws = _raws(chunk, window, classes)
+        return Content(ids=ids, classes=classes, coded=coded, raws=raws)
+
+    def _classes(
+        self, chunk: NDArray[np.uint16], plan: Plan, profile: Profile, window: Window
+    ) -> NDArray[np.uint8]:
+        """The finest class that any layer or head of the section asks for."""
+        classes = np.zeros(chunk.shape[2], np.uint8)
+        if self._token_classes is None:
+            return classes
+        for layer in window.layers:
+            keys = self._keys(chunk, plan, layer)
+            wanted = self._token_classes(keys, profile, layer)[:, _slice(window.heads)]
+            classes = np.maximum(classes, wanted.max(axis=1))
+        return np.minimum(classes, CLASS_RAW - 1)
+
+    def _keys(self, chunk: NDArray[np.uint16], plan: Plan, layer: int) -> NDArray[np.float32]:
+        """Un-rotated keys of a layer; 0 for tokens that are not finite."""
+        layers, _, num_tokens, heads, dim = chunk.shape
+        keys = np.empty((num_tokens, heads * dim), np.float32)
+        shape = (layers, 1, heads, dim)
+        scales = replace(
+            plan.scales, means=np.zeros(shape, np.float32), steps=np.ones(shape, np.float32)
+        )
+        window = Window(layers=range(layer, layer + 1), heads=range(heads))
+        self._compute.normalise(chunk[:, :1], window, scales, keys)
+        return keys.reshape(num_tokens, heads, dim)
+
+    def _numbers(
+        self, content: Content, plan: Plan, window: Window, num_tokens: int
+    ) -> NDArray[np.float32]:
+        symbols = self._compute.decode(content.coded, content.classes, content.ids, num_tokens)
+        numbers = self._compute.dequantise(symbols, content.classes, plan.dither(window))
+        basis = plan.basis(window)
+        if basis is None:
+            return numbers
+        # A product of another shape may add in another order: a part has the bits of the whole.
+        padded = np.zeros((len(content.classes), numbers.shape[1]), np.float32)
+        padded[:num_tokens] = numbers
+        with np.errstate(over="ignore", invalid="ignore"):
+            return (padded @ basis)[:num_tokens]
+
+    def _plan_of(self, header: Header, layout: KVLayout, span: Span) -> Plan:
+        if header.codec != NAME or header.is_exact:
+            raise Corrupt(f"a bitstream of {NAME} expected, found {header.codec}")
+        profile = self._profiles.by_hash(header.profile)
+        if profile is None:
+            raise Unsupported(f"profile {header.profile.hex()[:8]} is not here")
+        if header.level >= len(profile.levels):
+            raise Corrupt(f"level {header.level}, the profile has {len(profile.levels)}")
+        plan = Plan(NAME, profile, header.level, layout, span)
+        if plan.header != header:
+            raise Corrupt("the sections are not those of the level")
+        return plan
+
+    def _mapped(self, function: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+        """In order, on the codec's threads."""
+        if self._num_threads == 1:
+            yield from map(function, items)
+            return
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            yield from pool.map(function, items)
+
+
+def _check_dtype(layout: KVLayout) -> None:
+    if layout.dtype not in _DTYPES:
+        raise Unsupported(f"{NAME} keeps {' and '.join(_DTYPES)}, not {layout.dtype}")
+
+
+def _elements(kv: Bytes, layout: KVLayout, span: Span) -> tuple[NDArray[np.uint16], bool]:
+    """A chunk's elements as they stand in `kv`, and whether they had to be copied: kernels want
+    them aligned.
+    """
+    size = layout.size(span.num_tokens)
+    if span.num_tokens < 1 or kv.size != size:
+        raise InvalidRequest(f"{size} bytes of {span.num_tokens} tokens expected, found {kv.size}")
+    is_copy = kv.ctypes.data % layout.itemsize != 0
+    elements = (kv.copy() if is_copy else kv).view(np.uint16)
+    return elements.reshape(layout.shape(span.num_tokens)), is_copy
+
+
+def _verbatim(chunk: NDArray[np.uint16], window: Window) -> Content:
+    """A section of raw tokens alone."""
+    classes = np.full(chunk.shape[2], CLASS_RAW, np.uint8)
+    raws = _raws(chunk, window, classes)
+    nothing = Coded(
+        states=np.empty(0, np.uint32), words=np.empty(0, np.uint16), escapes=np.empty(0, np.int16)
+    )
+    ids = np.zeros(raws.shape[1], np.uint8)
+    return Content(ids=ids, classes=classes, coded=nothing, raws=raws)
+
+
+def _raws(
+    chunk: NDArray[np.uint16], window: Window, classes: NDArray[np.uint8]
+) -> NDArray[np.uint16]:
+    """`uint16 [raw tokens, channels]`."""
+    tokens = np.flatnonzero(classes == CLASS_RAW)
+    by_token = chunk[_slice(window.layers), :, :, _slice(window.heads)].transpose(2, 0, 1, 3, 4)
+    return by_token[tokens].reshape(len(tokens), by_token[0].size)
+
+
+def _both(wanted: range, held: range) -> range:
+    return range(max(wanted.start, held.start), min(wanted.stop, held.stop))
+
+
+def _slice(indices: range) -> slice:
+    return slice(indices.start, indices.stop)
