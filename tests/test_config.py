@@ -21,6 +21,7 @@ GIB = 1 << 30
 SAMPLES: dict[str, tuple[str, object]] = {
     "tiers": ("cpu,nvme", ("cpu", "nvme")),
     "cpu_size": ("1.5GiB", 3 << 29),
+    "cpu_packed_size": ("1GiB", 1 << 30),
     "huge_pages": ("require", "require"),
     "cpu_persist": ("true", True),
     "cpu_persist_s": ("2.5", 2.5),
@@ -35,6 +36,9 @@ SAMPLES: dict[str, tuple[str, object]] = {
     "nvme_flush_s": ("2.5", 2.5),
     "nvme_key_file": ("/key", "/key"),
     "nvme_key_command": ("cat /key", "cat /key"),
+    "codec": ("cpu=bf16", "cpu=bf16"),
+    "codec_threads": ("3", 3),
+    "profiles": ("/profiles", "/profiles"),
     "socket": ("/tmp/a.sock", Path("/tmp/a.sock")),
     "socket_group": ("engines", "engines"),
     "grpc_socket": ("none", "none"),
@@ -55,6 +59,7 @@ COMPANIONS = {
     "tls_cert": "tls_key",
     "tls_key": "tls_cert",
     "tls_client_ca": "tls_cert",
+    "cpu_packed_size": "codec",
     "tiers": "nvme_path",
     "nvme_path": "tiers",
 }

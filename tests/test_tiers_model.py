@@ -35,6 +35,7 @@ from tests.tier_harness import (
     keys_of,
     quick,
 )
+from tests.toy_codec import toy_codecs
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ PAUSES = st.sampled_from([0, 1, 3, 10])
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_rests() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, toy_codecs():
         quick(patch.setattr)
         yield
 
@@ -414,6 +415,24 @@ class QuotaMachine(TiersMachine):
     OPTIONS: ClassVar[dict[str, Any]] = {"nvme_quota": 40 * (64 << 10)}
 
 
+class EncodedMachine(RoomyMachine):
+    """What goes to disk goes as a bitstream that gives back just what was stored."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"codec": "nvme=toy"}
+
+
+class LossyMachine(SmallMachine):
+    """What comes back from disk is approximate, says so, and never becomes exact or worse again."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"codec": "nvme=toy:lossy"}
+
+
+class PackedMachine(SmallMachine):
+    """Memory has chunks raw and encoded, the disk in yet another form."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"codec": "cpu=toy:lossy,nvme=toy"}
+
+
 class RealIndexMachine(RoomyMachine):
     has_real_index = True
 
@@ -438,4 +457,7 @@ EFFORT = int(os.environ.get("KVD_TEST_EFFORT", "1"))
 TestRoomyDisk = _case(RoomyMachine, 10 * EFFORT, 40)
 TestSmallDisk = _case(SmallMachine, 10 * EFFORT, 40)
 TestQuota = _case(QuotaMachine, 8 * EFFORT, 40)
+TestEncoded = _case(EncodedMachine, 6 * EFFORT, 40)
+TestLossy = _case(LossyMachine, 6 * EFFORT, 40)
+TestPacked = _case(PackedMachine, 6 * EFFORT, 40)
 TestRealIndex = _case(RealIndexMachine, 3 * EFFORT, 40)

@@ -70,7 +70,7 @@ def status(store: ChunkStore, facts: Facts, message: pb.StatusRequest) -> pb.Sta
                 num_extents=tier.num_extents,
                 pages=facts.pages,
             ),
-            *([] if store.lower is None else [pb.TierStatus(**store.lower.facts())]),
+            *(pb.TierStatus(**below.facts()) for below in store.below),
         ],
         counters=dict(store.counters),
     )

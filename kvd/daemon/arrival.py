@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvd.chunk import Extent
+from kvd.chunk import Extent, Placement
 from kvd.daemon.directory import Entry
 
 
@@ -14,11 +14,13 @@ class Arrival:
     `ready` may be raised by any thread; `notify` belongs to the event loop.
     """
 
-    __slots__ = ("_waiting", "entry", "extent", "ready")
+    __slots__ = ("_waiting", "entry", "extent", "ready", "source")
 
-    def __init__(self, entry: Entry, extent: Extent) -> None:
+    def __init__(self, entry: Entry, extent: Extent, source: Placement) -> None:
         self.entry = entry
         self.extent = extent
+        # The copy that it comes from.
+        self.source = source
         self.ready = 0
         self._waiting: list[Callable[[], None]] = []
 
@@ -39,17 +41,25 @@ class Arrival:
 
 
 class Arrivals:
-    """All that are on their way: from disk, and what an earlier daemon left and is being checked.
+    """All that are on their way: coming from another copy, and what an earlier daemon left and is
+    being checked.
     A chunk is one of them at most.
     """
 
     def __init__(self) -> None:
-        self.from_disk: dict[Entry, Arrival] = {}
+        self.coming: dict[Entry, Arrival] = {}
         self.checking: dict[Entry, Arrival] = {}
 
     def get(self, entry: Entry) -> Arrival | None:
         """The entry's way into memory while it lasts."""
-        return self.from_disk.get(entry) or self.checking.get(entry)
+        return self.coming.get(entry) or self.checking.get(entry)
+
+    def reads_disk(self, entry: Entry) -> bool:
+        """Whether the entry comes from disk, where it is now or where it was."""
+        arrival = self.coming.get(entry)
+        if arrival is None or entry.on_disk is None:
+            return False
+        return arrival.source.extent.tier == entry.on_disk.extent.tier
 
     def are_ready(self, entries: Sequence[Entry]) -> bool:
         """Whether every byte of pinned chunks may be read."""
@@ -68,4 +78,4 @@ class Arrivals:
         """Where a pinned chunk's bytes are in memory, or will be when they are ready."""
         if entry.in_memory is not None:
             return entry.in_memory.extent
-        return self.from_disk[entry].extent
+        return self.coming[entry].extent

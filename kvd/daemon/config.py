@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from kvd.daemon.codec_rules import CodecRules, read_codec_rules
 from kvd.daemon.settings import (
     Setting,
     read_address,
@@ -40,6 +41,9 @@ CPU_SIZE_MIN = 2 << 20
 
 # Four segments of the least size that is used: one to fill, one to give back, room to copy.
 NVME_SIZE_MIN = 4 << 20
+
+# More than a node's cores.
+CODEC_THREADS_MAX = 256
 
 # Far more than anybody asks for one chunk before it is worth a write.
 ADMIT_HITS_MAX = 1000
@@ -75,6 +79,14 @@ class Config:
     cpu_size: int = field(
         default=4 << 30,
         metadata=setting(read_size(CPU_SIZE_MIN), "SIZE", "Host memory for the arena."),
+    )
+    cpu_packed_size: int = field(
+        default=0,
+        metadata=setting(
+            read_size(0),
+            "SIZE",
+            "Of cpu_size, for encoded chunks; 0 for three quarters where codec says cpu=….",
+        ),
     )
     huge_pages: HugePages = field(
         default="auto",
@@ -162,6 +174,28 @@ class Config:
         default="",
         metadata=setting(read_text, "COMMAND", "Command that prints that key."),
     )
+    codec: str = field(
+        default="",
+        metadata=setting(
+            read_codec_rules,
+            "RULES",
+            "How tiers keep chunks, like nvme=kvq:2,nvme/system=bf16; raw if not named.",
+        ),
+    )
+    codec_threads: int = field(
+        default=0,
+        metadata=setting(
+            read_count(0, CODEC_THREADS_MAX),
+            "COUNT",
+            "Threads that encode and decode; 0 for half of the cores.",
+        ),
+    )
+    profiles: str = field(
+        default="",
+        metadata=setting(
+            read_text, "DIR", "Folder of model profiles, beside those that come with kvd."
+        ),
+    )
     socket: Path = field(
         default_factory=default_socket,
         metadata=setting(read_socket, "PATH", "Socket where clients attach."),
@@ -245,6 +279,7 @@ class Config:
         if self.grpc_socket_path == self.socket:
             raise ConfigError(f"grpc_socket and socket are the same path, {self.socket}")
         self._check_nvme()
+        self._check_codec()
         self._check_tls()
 
     @property
@@ -255,6 +290,23 @@ class Config:
         if self.grpc_socket:
             return Path(self.grpc_socket)
         return self.socket.with_name(f"{self.socket.stem}.grpc.sock")
+
+    @property
+    def codec_rules(self) -> CodecRules:
+        """Which codec keeps a chunk in which tier."""
+        return CodecRules.parse(self.codec)
+
+    @property
+    def packed_size(self) -> int:
+        """Bytes for encoded chunks in memory, 0 for none."""
+        if not self.codec_rules.specs_of("cpu"):
+            return 0
+        return self.cpu_packed_size or self.cpu_size * 3 // 4
+
+    @property
+    def arena_size(self) -> int:
+        """Bytes that clients map."""
+        return self.cpu_size - self.packed_size
 
     @property
     def has_tls(self) -> bool:
@@ -270,6 +322,23 @@ class Config:
             )
         if self.nvme_key_file and self.nvme_key_command:
             raise ConfigError("nvme_key_file and nvme_key_command are both given: choose one")
+
+    def _check_codec(self) -> None:
+        if self.codec_rules.specs_of("nvme") and "nvme" not in self.tiers:
+            raise ConfigError(
+                "codec has a rule for nvme, which is not among the tiers: give tiers cpu,nvme"
+            )
+        if not self.codec_rules.specs_of("cpu"):
+            if self.cpu_packed_size:
+                raise ConfigError("cpu_packed_size is given, but codec has no rule for cpu")
+            return
+        if self.arena_size < CPU_SIZE_MIN or self.packed_size < CPU_SIZE_MIN:
+            raise ConfigError(
+                f"cpu_size {self.cpu_size} leaves {self.arena_size} bytes raw and "
+                f"{self.packed_size} encoded; each needs {CPU_SIZE_MIN} or more"
+            )
+        if self.cpu_persist:
+            raise ConfigError("cpu_persist keeps raw chunks only: give codec no rule for cpu")
 
     def _check_tls(self) -> None:
         if bool(self.tls_cert) != bool(self.tls_key):

@@ -23,10 +23,11 @@ from kvd.keys import ChunkKey, PackedKeys
 class Entry:
     """A chunk that is here: what it is, where its copies are, and what keeps it here.
 
-    `in_memory` is the copy that clients map, `on_disk` the durable one; a listed chunk has either
-    or both. `uses` counts how often it was asked for, its store being the first; `is_recent` says
-    that it was asked for since its copy was written to disk. `children` is None, the one child, or
-    a set of them: most chunks have one, and a set each would cost 200 bytes.
+    `in_memory` is the copy that clients map, `packed` an encoded one in memory of the daemon's own,
+    `on_disk` the durable one; a listed chunk has one or more of them. `uses` counts how often it
+    was asked for, its store being the first; `is_recent` says that it was asked for since its copy
+    was written to disk. `children` is None, the one child, or a set of them: most chunks have one,
+    and a set each would cost 200 bytes.
     """
 
     __slots__ = (
@@ -37,6 +38,7 @@ class Entry:
         "is_rooted",
         "meta",
         "on_disk",
+        "packed",
         "parent",
         "pins",
         "uses",
@@ -52,6 +54,7 @@ class Entry:
         self.meta = meta
         self.in_memory = in_memory
         self.on_disk = on_disk
+        self.packed: Placement | None = None
         self.parent: Entry | None = None
         self.children: Entry | set[Entry] | None = None
         self.pins = 0
@@ -63,9 +66,14 @@ class Entry:
     @property
     def placement(self) -> Placement:
         """The copy that is read first."""
-        found = self.in_memory or self.on_disk
+        found = self.in_memory or self.packed or self.on_disk
         assert found is not None
         return found
+
+    @property
+    def is_backed(self) -> bool:
+        """It can leave the memory that clients map, and come back."""
+        return self.packed is not None or self.on_disk is not None
 
     @property
     def size(self) -> int:

@@ -57,7 +57,7 @@ class Inherited:
             if entry in self.unverified:
                 assert entry.in_memory is not None
                 self.unverified.remove(entry)
-                arrival = Arrival(entry, entry.in_memory.extent)
+                arrival = Arrival(entry, entry.in_memory.extent, entry.in_memory)
                 self._checking[entry] = arrival
                 self._memory.hot.verify(arrival)
 

@@ -15,6 +15,9 @@ from kvd.keys import KEY_SIZE, ChunkKey, short
 
 LABEL_VERSION = 1
 
+# Behind a codec's name, in records and index: what it gives back is near the chunk, not the chunk.
+APPROXIMATE = "~"
+
 TENANT_SIZE = 8
 NO_TENANT = bytes(TENANT_SIZE)
 
@@ -135,3 +138,13 @@ def _decode_category(raw: bytes) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         raise Corrupt("a label's category is not UTF-8") from error
+
+
+def codec_text(codec: str, *, is_exact: bool) -> str:
+    """What a record and the index say of how a copy is encoded."""
+    return codec if is_exact else codec + APPROXIMATE
+
+
+def parse_codec(text: str) -> tuple[str, bool]:
+    """The codec of a copy, and whether it is exact."""
+    return text.removesuffix(APPROXIMATE), not text.endswith(APPROXIMATE)

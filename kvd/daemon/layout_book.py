@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvd.chunk import ChunkMeta, Fingerprint
+from kvd.chunk import ChunkMeta, Fingerprint, Placement
+from kvd.daemon.codec_rules import RAW
 from kvd.daemon.labels import NO_TENANT, tenant_of
 from kvd.errors import InvalidRequest, LayoutMismatch, TooLarge
 from kvd.keys import short
@@ -55,6 +56,13 @@ class LayoutBook:
                 f"a chunk of {size} bytes, the {self._tier.name} tier has {self._tier.size}"
             )
         return self._sizes.setdefault(size, size)
+
+    def whole_size(self, meta: ChunkMeta, placement: Placement) -> int | None:
+        """Bytes of a chunk in memory, of which `placement` is a copy; None where nobody knows."""
+        if placement.codec == RAW:
+            return placement.extent.size
+        layout = self.layouts.get(meta.layout)
+        return None if layout is None else layout.size(meta.num_tokens)
 
     def tenant_of(self, meta: ChunkMeta) -> bytes:
         """Whose chunk it is, for quotas."""

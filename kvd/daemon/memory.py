@@ -2,7 +2,7 @@
 
     in the policy's order, cheapest loss first:
 
-    copy on disk         the memory goes, the chunk stays listed
+    copy elsewhere       the memory goes, the chunk stays listed
     no copy, not wanted  the chunk goes
     no copy, wanted      passed over while there is another: its write may be under way
     pinned, held         stays
@@ -19,7 +19,7 @@ from kvd.daemon.directory import Directory, Entry
 from kvd.daemon.eviction.base import EvictionPolicy
 from kvd.daemon.eviction.window import Run, cheapest_window
 from kvd.daemon.leases import Writer
-from kvd.daemon.roles import HotSet, Lower
+from kvd.daemon.roles import HotSet, Lower, Packed
 from kvd.tiers.cpu import CpuTier
 
 # Chunks whose write to disk is owed and that one search for room passes over: many, for each that
@@ -42,12 +42,14 @@ class Memory:
     ) -> None:
         self.tier = tier
         self.policy = policy
-        # What lies below it, and what remembers it beyond the daemon's life: where they are.
+        # What keeps chunks encoded, what lies below, and what remembers memory beyond the daemon's
+        # life: where they are.
+        self.packed: Packed | None = None
         self.lower: Lower | None = None
         self.hot: HotSet | None = None
         self.pinned_size = 0
         self.reserved_size = 0
-        # Bytes of chunks that are on disk as well: they can leave at any moment.
+        # Bytes of chunks that have another copy: they can leave at any moment.
         self.clean_size = 0
         self._directory = directory
         self._evict = evict
@@ -58,7 +60,9 @@ class Memory:
         return self.tier.size - self.tier.used + self.clean_size
 
     def is_owed(self, entry: Entry) -> bool:
-        """Whether it should have a copy on disk before it leaves memory, and has none."""
+        """Whether it should have another copy before it leaves memory."""
+        if self.packed is not None and entry.packed is None and self.packed.is_owed(entry):
+            return True
         return self.lower is not None and entry.on_disk is None and self.lower.is_owed(entry)
 
     def give_out(self, extent: Extent, writer: Writer | None) -> bool:
@@ -91,21 +95,42 @@ class Memory:
         entry.in_memory = placement
         if entry.pins:
             self.pinned_size += placement.extent.size
-        if entry.on_disk is not None:
+        if entry.is_backed:
             self.clean_size += placement.extent.size
 
     def shelve(self, entry: Entry, placement: Placement) -> None:
         """The entry has a durable copy."""
         assert entry.on_disk is None
-        entry.on_disk = placement
-        if entry.in_memory is not None:
+        if entry.in_memory is not None and not entry.is_backed:
             self.clean_size += entry.in_memory.extent.size
+        entry.on_disk = placement
 
     def unshelve(self, entry: Entry) -> None:
         """The entry's durable copy is gone."""
         assert entry.on_disk is not None
         entry.on_disk = None
-        if entry.in_memory is not None:
+        if entry.in_memory is not None and not entry.is_backed:
+            self.clean_size -= entry.in_memory.extent.size
+
+    def pack(self, entry: Entry, placement: Placement) -> None:
+        """The entry has an encoded copy."""
+        assert entry.packed is None
+        if entry.in_memory is not None and not entry.is_backed:
+            self.clean_size += entry.in_memory.extent.size
+        entry.packed = placement
+
+    def unpack(self, entry: Entry) -> None:
+        """The entry's encoded copy is gone."""
+        assert entry.packed is not None
+        entry.packed = None
+        if entry.in_memory is not None and not entry.is_backed:
+            self.clean_size -= entry.in_memory.extent.size
+
+    def orphan(self, entry: Entry) -> None:
+        """The entry is nobody's any more, but its bytes are needed until a move has ended."""
+        assert entry.in_memory is not None
+        self.policy.remove(entry.meta.key)
+        if entry.is_backed:
             self.clean_size -= entry.in_memory.extent.size
 
     def forget(self, entry: Entry) -> Extent | None:
@@ -114,7 +139,7 @@ class Memory:
         if entry.in_memory is None:
             return None
         extent = entry.in_memory.extent
-        if entry.on_disk is not None:
+        if entry.is_backed:
             self.clean_size -= extent.size
         if entry.pins:
             self.pinned_size -= extent.size
@@ -186,7 +211,7 @@ class Memory:
             if not entry.is_leaf_in_memory:
                 # It has younger chunks behind it that need it: it is as young as they are.
                 self.policy.touch(key, now_ns)
-                if entry.on_disk is not None and len(parents) < LATE_CHUNKS_MAX:
+                if entry.is_backed and len(parents) < LATE_CHUNKS_MAX:
                     parents.append(entry)
                 continue
             if len(late) < LATE_CHUNKS_MAX and self.is_owed(entry):
@@ -217,8 +242,8 @@ class Memory:
         return cleared
 
     def _clear(self, root: Entry) -> None:
-        # A copy on disk keeps the chunk and what continues it; without one, they go together.
-        members: Iterable[Entry] = [root] if root.on_disk is not None else root.descendants()
+        # Another copy keeps the chunk and what continues it; without one, they go together.
+        members: Iterable[Entry] = [root] if root.is_backed else root.descendants()
         for entry in members:
             if self._directory.get(entry.meta.key) is entry and entry.in_memory is not None:
                 self._evict(entry)

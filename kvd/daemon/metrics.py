@@ -270,7 +270,7 @@ def _store_metrics(store: ChunkStore) -> Iterator[Metric]:
 
 
 def _tier_metrics(store: ChunkStore) -> Iterator[Metric]:
-    tier, lower = store.tier, store.lower
+    tier = store.tier
     upper: dict[str, Any] = {
         "name": tier.name,
         "size": tier.size,
@@ -278,9 +278,8 @@ def _tier_metrics(store: ChunkStore) -> Iterator[Metric]:
         "largest_free": _read(lambda: tier.largest_free),
         "num_extents": tier.num_extents,
     }
-    tiers = [upper]
-    if lower is not None and (found := _read(lower.facts)) is not None:
-        tiers.append(found)
+    found = (_read(below.facts) for below in store.below)
+    tiers = [upper, *(facts for facts in found if facts is not None)]
     for name, (metric, text) in _TIER_GAUGES.items():
         family = GaugeMetricFamily(metric, text, labels=("tier",))
         for facts in tiers:
@@ -288,11 +287,13 @@ def _tier_metrics(store: ChunkStore) -> Iterator[Metric]:
                 family.add_metric((facts["name"],), value)
         if family.samples:
             yield family
-    if len(tiers) > 1:
+    disks = [facts for facts in tiers if "failure" in facts]
+    if disks:
         family = GaugeMetricFamily(
             "kvd_tier_failing", "1 while the tier refuses writes.", labels=("tier",)
         )
-        family.add_metric((tiers[1]["name"],), bool(tiers[1]["failure"]))
+        for facts in disks:
+            family.add_metric((facts["name"],), bool(facts["failure"]))
         yield family
 
 

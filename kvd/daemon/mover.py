@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 
 from kvd.chunk import Placement
 from kvd.daemon.arrival import Arrival
+from kvd.daemon.coder import Coder
 from kvd.daemon.directory import Entry
 from kvd.daemon.index import ChunkIndex
 from kvd.daemon.index_feed import IndexFeed
-from kvd.daemon.labels import encode_label
+from kvd.daemon.labels import codec_text, encode_label
 from kvd.daemon.promoter import Promoter
 from kvd.daemon.roles import PersistCount, ScrubCount
 from kvd.daemon.shelf import Shelf
@@ -76,10 +77,13 @@ class MoverOptions:
 
 
 class Payload(NamedTuple):
-    """The bytes of a record, `uint8 [size]`, and their XXH3-64 where it is known already."""
+    """The bytes of a record, `uint8 [size]`, what they are, and their XXH3-64 where it is known
+    already.
+    """
 
     data: NDArray[np.uint8]
     codec: str
+    is_exact: bool
     checksum: int | None
 
 
@@ -87,7 +91,12 @@ class Mover:
     """Moves chunks of `store` to and from `tier`, and keeps `index` in step."""
 
     def __init__(
-        self, store: ChunkStore, tier: NvmeTier, index: ChunkIndex, options: MoverOptions
+        self,
+        store: ChunkStore,
+        tier: NvmeTier,
+        index: ChunkIndex,
+        coder: Coder,
+        options: MoverOptions,
     ) -> None:
         self.tier = tier
         self.index = index
@@ -95,10 +104,13 @@ class Mover:
         self.shelf = Shelf(tier.log.segment_size, quota=options.quota)
         self.demoted_bytes = 0
         self.feed = IndexFeed(store, tier.log, index)
-        self.promoter = Promoter(store, tier, tell_progress=self._tell_progress, spawn=self._spawn)
+        self.promoter = Promoter(
+            store, tier, coder, tell_progress=self._tell_progress, spawn=self._spawn
+        )
         self.upkeep = Upkeep(self, store, tier, scrub_rate=options.scrub_rate)
         self._store = store
         self._log = tier.log
+        self._coder = coder
         self._options = options
         self._loop = asyncio.get_running_loop()
         # To be written at once, whatever admission says; and candidates of the last search.
@@ -154,7 +166,7 @@ class Mover:
     def keep_quotas(self) -> None:
         """What came back at the start may be more than before the end, or the quota less."""
         for tenant in self.shelf.tenants():
-            for entry in self.shelf.excess(tenant, 0, is_read=self._is_arriving) or ():
+            for entry in self.shelf.excess(tenant, 0, is_read=self._store.reads_disk) or ():
                 self._store.counters["nvme_quota_chunks"] += 1
                 self._store.unshelve(entry)
 
@@ -194,7 +206,9 @@ class Mover:
         if size <= memory.tier.size - memory.tier.used or self._is_resting:
             return True
         # What goes first has to be written, wherever else there are chunks that are.
-        return size <= memory.ready_size and not memory.owed(size, SEARCH_MAX)
+        return size <= memory.ready_size and not any(
+            map(self.is_owed, memory.owed(size, SEARCH_MAX))
+        )
 
     async def make_room(self, size: int, timeout_s: float) -> None:
         give_up = self._loop.time() + timeout_s
@@ -340,7 +354,7 @@ class Mover:
             self._cold.extend(
                 entry
                 for entry in self._store.memory.owed(size, SEARCH_MAX)
-                if not self._store.transit.is_demoting(entry)
+                if self.is_owed(entry) and not self._store.transit.is_demoting(entry)
             )
             if self._cold:
                 self._wakeup.set()
@@ -390,7 +404,7 @@ class Mover:
     def _keep_quota(self, entry: Entry) -> bool:
         """Drop what a tenant's new chunk has to push out; False if that is not enough."""
         tenant = self._store.tenant_of(entry.meta)
-        victims = self.shelf.excess(tenant, record_size(entry.size), is_read=self._is_arriving)
+        victims = self.shelf.excess(tenant, record_size(entry.size), is_read=self._store.reads_disk)
         if victims is None:
             self._refusal = "the tenant's quota is full"
             self._full_until[tenant] = self._loop.time() + QUOTA_REST_S
@@ -400,9 +414,6 @@ class Mover:
             self._store.counters["nvme_quota_chunks"] += 1
             self._store.unshelve(victim)
         return True
-
-    def _is_arriving(self, entry: Entry) -> bool:
-        return self._store.arrival(entry) is not None
 
     def _end_demotion(self, entry: Entry, copy: Placement | None) -> None:
         is_wanted = self._store.transit.end_demotion(entry, copy)
@@ -420,12 +431,13 @@ class Mover:
     async def _append(self, entry: Entry) -> Placement:
         """A durable copy of the entry."""
         label = encode_label(entry.meta, self._store.tenant_of(entry.meta))
-        payload = self._payload_of(entry)
+        payload = await self._payload_of(entry)
+        codec = codec_text(payload.codec, is_exact=payload.is_exact)
         is_refused = False
         while True:
             try:
                 extent = await self.tier.append(
-                    label, payload.data, codec=payload.codec, payload_checksum=payload.checksum
+                    label, payload.data, codec=codec, payload_checksum=payload.checksum
                 )
             except TierFailed as error:
                 # The file system gives no more than the log has: it goes on in that, if it can.
@@ -438,16 +450,24 @@ class Mover:
             if extent is not None:
                 if self.upkeep.is_due:
                     self._spawn(self.upkeep.reclaim_ahead())
-                return Placement(extent, payload.codec, checksum=payload.checksum)
+                return Placement(extent, payload.codec, payload.is_exact, payload.checksum)
             if not await self.upkeep.reclaim(self.upkeep.room + 1):
                 raise TierFailed(self.upkeep.fullness)
 
-    def _payload_of(self, entry: Entry) -> Payload:
+    async def _payload_of(self, entry: Entry) -> Payload:
         """What is written of a chunk: here alone its bytes become stored ones."""
-        placement = entry.in_memory
+        placement, meta = entry.in_memory, entry.meta
         assert placement is not None
         view = self._store.tier.view(placement.extent)
-        return Payload(view, placement.codec, placement.checksum)
+        if self._coder.encodes("nvme", meta, placement):
+            layout = self._store.layouts.get(meta.layout)
+            encoded = await self._coder.encode("nvme", meta, layout, view, placement)
+            if encoded is not None:
+                self._store.counters["encode_chunks"] += 1
+                self._store.counters["encode_source_bytes"] += view.size
+                self._store.counters["encode_bytes"] += encoded.data.size
+                return Payload(encoded.data, encoded.codec, encoded.is_exact, None)
+        return Payload(view, placement.codec, placement.is_exact, placement.checksum)
 
     # Failures.
 

@@ -15,13 +15,16 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from kvd.chunk import Extent
+from kvd.chunk import Extent, Placement
 from kvd.daemon.arrival import Arrival
+from kvd.daemon.codec_rules import RAW
+from kvd.daemon.coder import Coder
 from kvd.daemon.directory import Entry
 from kvd.daemon.labels import check_label
 from kvd.daemon.store import ChunkStore
-from kvd.errors import Corrupt, TierFailed
+from kvd.errors import Corrupt, TierFailed, Unsupported
 from kvd.keys import short
+from kvd.tiers.aligned import aligned_bytes
 from kvd.tiers.nvme import NvmeTier
 from kvd.tiers.segment import RecordHeader
 from kvd.tiers.segment_reader import STRIPE_SIZE
@@ -45,12 +48,14 @@ class Promoter:
         self,
         store: ChunkStore,
         tier: NvmeTier,
+        coder: Coder,
         *,
         tell_progress: Callable[[], None],
         spawn: Callable[[Coroutine[Any, Any, Any]], None],
     ) -> None:
         self._store = store
         self._tier = tier
+        self._coder = coder
         self._tell_progress = tell_progress
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
@@ -65,10 +70,9 @@ class Promoter:
 
     def fetch(self, arrival: Arrival) -> None:
         """As `Lower.fetch`."""
-        assert arrival.entry.on_disk is not None
-        extent = arrival.entry.on_disk.extent
-        slot = extent.offset // self._tier.log.segment_size
-        task = self._loop.create_task(self._read(arrival, extent))
+        placement = arrival.source
+        slot = placement.extent.offset // self._tier.log.segment_size
+        task = self._loop.create_task(self._read(arrival, placement))
         self._reading.setdefault(slot, set()).add(task)
         task.add_done_callback(partial(self._read_ended, slot))
 
@@ -103,16 +107,21 @@ class Promoter:
             self._killed.discard(entry)
             self._spawn(self._tier.kill(extent))
 
-    async def _read(self, arrival: Arrival, extent: Extent) -> None:
+    async def _read(self, arrival: Arrival, placement: Placement) -> None:
         entry = arrival.entry
         try:
-            await self._read_patiently(arrival, extent)
+            await self._read_patiently(arrival, placement)
         except TierFailed as error:
             log.error("event=read_failed chunk=%s reason=%r", short(entry.meta.key), str(error))
             self._store.counters["nvme_read_errors"] += 1
             self._store.lose(arrival)
         except Corrupt as error:
-            self.quarantine(entry, extent, str(error), arrival)
+            self.quarantine(entry, placement.extent, str(error), arrival)
+        except Unsupported as error:
+            # Its codec or profile is not here: what is on disk is of no use.
+            log.error("event=not_decoded chunk=%s reason=%r", short(entry.meta.key), str(error))
+            self._store.counters["decode_errors"] += 1
+            self._store.lose(arrival)
         except BaseException:
             self._store.lose(arrival)
             raise
@@ -122,21 +131,22 @@ class Promoter:
             arrival.notify()
             self._tell_progress()
 
-    async def _read_patiently(self, arrival: Arrival, extent: Extent) -> None:
+    async def _read_patiently(self, arrival: Arrival, placement: Placement) -> None:
         for pause_s in READ_AGAIN_S:
             try:
-                await self._read_into(arrival, extent)
+                await self._read_into(arrival, placement)
             except TierFailed:
                 # No descriptor or no memory for a moment; a bad block is bad the next time too.
                 await asyncio.sleep(pause_s)
             else:
                 return
-        await self._read_into(arrival, extent)
+        await self._read_into(arrival, placement)
 
-    async def _read_into(self, arrival: Arrival, extent: Extent) -> None:
-        """Fill the arrival's extent from the record in `extent`: here alone stored bytes become the
-        chunk's.
+    async def _read_into(self, arrival: Arrival, placement: Placement) -> None:
+        """Fill the arrival's extent from the record in `placement`: here alone stored bytes become
+        the chunk's.
         """
+        extent = placement.extent
         out = self._store.tier.view(arrival.extent)
         tell = partial(self._loop.call_soon_threadsafe, arrival.notify)
 
@@ -148,10 +158,18 @@ class Promoter:
         def check(header: RecordHeader) -> None:
             check_label(arrival.entry.meta, header.label)
 
-        stripe_size = STRIPE_SIZE if extent.size > WHOLE_SIZE_MAX else extent.size
+        if placement.codec == RAW:
+            stripe_size = STRIPE_SIZE if extent.size > WHOLE_SIZE_MAX else extent.size
+            await self._tier.read_stream(
+                extent, out, check=check, progress=progress, stripe_size=stripe_size
+            )
+            return
+        bitstream = aligned_bytes(extent.size)
         await self._tier.read_stream(
-            extent, out, check=check, progress=progress, stripe_size=stripe_size
+            extent, bitstream, check=check, progress=_ignore, stripe_size=STRIPE_SIZE
         )
+        meta = arrival.entry.meta
+        await self._coder.decode(bitstream, meta, self._store.layouts[meta.layout], out, progress)
 
     def _read_ended(self, slot: int, task: asyncio.Task[None]) -> None:
         self._reading[slot].discard(task)
@@ -159,3 +177,7 @@ class Promoter:
             del self._reading[slot]
         if not task.cancelled() and task.exception() is not None:
             log.error("event=promotion_failed", exc_info=task.exception())
+
+
+def _ignore(ready: int) -> None:
+    """Half a bitstream is of no use yet."""

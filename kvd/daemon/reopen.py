@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import DecodeError
 
 from kvd.chunk import ChunkMeta, Extent, Fingerprint, Placement
+from kvd.daemon.codec_rules import RAW
+from kvd.daemon.coder import Coder
 from kvd.daemon.config import Config
 from kvd.daemon.index import ChunkIndex, IndexRecord
-from kvd.daemon.labels import decode_label
+from kvd.daemon.labels import decode_label, parse_codec
 from kvd.daemon.mover import Mover, MoverOptions
 from kvd.daemon.store import ChunkStore
 from kvd.errors import Corrupt, KvdError
@@ -50,7 +52,9 @@ SEGMENT_SIZE_MIN = 256 << 10
 Progress = Callable[[int, int], None]
 
 
-async def reopen(config: Config, store: ChunkStore, progress: Progress | None = None) -> Mover:
+async def reopen(
+    config: Config, store: ChunkStore, coder: Coder, progress: Progress | None = None
+) -> Mover:
     """Open the nvme tier of `config` and list in `store` what it holds; not started yet.
 
     Raises `ConfigError` where the folder cannot be used: taken, of another format, encrypted with
@@ -72,7 +76,7 @@ async def reopen(config: Config, store: ChunkStore, progress: Progress | None = 
     except BaseException:
         segment_log.close()
         raise
-    mover = Mover(store, tier, index, options)
+    mover = Mover(store, tier, index, coder, options)
     store.lower = mover
     store.is_prefetching = config.nvme_prefetch
     _declare(store, found.layouts)
@@ -210,7 +214,8 @@ def _restore(store: ChunkStore, mover: Mover, records: Iterable[IndexRecord]) ->
             mover.index.delete(record.key, record.offset)
             continue
         meta, tenant = found
-        placement = Placement(extent, record.codec, checksum=record.checksum or None)
+        codec, is_exact = parse_codec(record.codec)
+        placement = Placement(extent, codec, is_exact, record.checksum or None)
         entry = store.restore(meta, placement)
         if entry is None:
             mover.tier.log.free(extent)
@@ -229,6 +234,7 @@ def _parse(store: ChunkStore, record: IndexRecord) -> tuple[ChunkMeta, bytes] | 
     if meta.key != record.key:
         return None
     layout = store.layouts.get(Fingerprint(meta.layout))
-    if layout is not None and layout.size(meta.num_tokens) != record.size:
+    is_raw = parse_codec(record.codec)[0] == RAW
+    if is_raw and layout is not None and layout.size(meta.num_tokens) != record.size:
         return None
     return meta, tenant

@@ -85,6 +85,48 @@ class Lower(Protocol):
         ...
 
 
+class Packed(Protocol):
+    """What keeps chunks encoded in the daemon's own memory, as the store sees it. What is not
+    `async` does not wait.
+    """
+
+    def is_owed(self, entry: Entry) -> bool:
+        """Whether a chunk without an encoded copy should have one before it leaves memory."""
+        ...
+
+    def fetch(self, arrival: Arrival) -> None:
+        """Decode a chunk into its extent, then call `land` or `lose`."""
+        ...
+
+    def drop(self, entry: Entry) -> None:
+        """The entry's encoded copy is nobody's any more."""
+        ...
+
+    def touch(self, entry: Entry) -> None:
+        """The entry's copy that clients map goes: from now on the encoded one is what ages."""
+        ...
+
+    def wake(self, committed: Sequence[Entry] = ()) -> None:
+        """There may be something to encode; these are new."""
+        ...
+
+    def has_room(self, size: int) -> bool:
+        """As `Lower.has_room`."""
+        ...
+
+    async def make_room(self, size: int, timeout_s: float) -> None:
+        """As `Lower.make_room`."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What `kvd status` says of it, by the names of its message."""
+        ...
+
+    def check(self, entries: Iterable[Entry]) -> None:
+        """Assert that it knows exactly those of `entries` that are packed. O(n), for audits."""
+        ...
+
+
 class HotSet(Protocol):
     """What remembers memory beyond the daemon's life, as the store sees it. No method waits."""
 

@@ -20,6 +20,7 @@ import uvloop
 from kvd.arena import Arena
 from kvd.daemon import logs
 from kvd.daemon.admin import Facts
+from kvd.daemon.coder import Coder, open_coder
 from kvd.daemon.config import Config
 from kvd.daemon.eviction.registry import make_policy
 from kvd.daemon.keeper import keeper_path
@@ -31,6 +32,7 @@ from kvd.tiers.cpu import CpuTier
 if TYPE_CHECKING:
     from kvd.daemon.hot_set import HotSet, KeptArena
     from kvd.daemon.mover import Mover
+    from kvd.daemon.packed import PackedMemory
 
 log = logging.getLogger("kvd.server")
 
@@ -78,11 +80,16 @@ class Daemon:
                 http = serve_http(self.config.http, lambda: self.store, self.facts)
                 stack.callback(http.close)
                 log.info("event=http_listening port=%d", http.port)
+            coder = open_coder(self.config)
+            stack.callback(coder.close)
             try:
                 store, hot = await self._open_store()
-                mover = await self._open_disk(store)
+                mover = await self._open_disk(store, coder)
             except _StoppedEarlyError:
                 return 0
+            packed = self._open_packed(store, coder)
+            if packed is not None:
+                stack.push_async_callback(packed.close)
             if hot is not None:
                 stack.push_async_callback(hot.close)
                 hot.start()
@@ -117,7 +124,7 @@ class Daemon:
         arena = (
             kept.arena
             if kept is not None
-            else Arena.create(self.config.cpu_size, huge_pages=self.config.huge_pages)
+            else Arena.create(self.config.arena_size, huge_pages=self.config.huge_pages)
         )
         started = time.monotonic()
         await asyncio.to_thread(self._populate, arena)
@@ -144,13 +151,26 @@ class Daemon:
 
         return await asyncio.to_thread(KeptArena.open, self.config, self.facts.instance)
 
-    async def _open_disk(self, store: ChunkStore) -> Mover | None:
+    async def _open_disk(self, store: ChunkStore, coder: Coder) -> Mover | None:
         if "nvme" not in self.config.tiers:
             return None
         # LMDB and the segment log are only for those who have a disk tier.
         from kvd.daemon.reopen import reopen
 
-        return await reopen(self.config, store, self._scanned)
+        return await reopen(self.config, store, coder, self._scanned)
+
+    def _open_packed(self, store: ChunkStore, coder: Coder) -> PackedMemory | None:
+        if not self.config.packed_size:
+            return None
+        from kvd.daemon.packed import NAME, PackedMemory
+
+        # Pages come as bitstreams do: nobody waits for them.
+        arena = Arena.create(self.config.packed_size, huge_pages="never")
+        tier = CpuTier(arena, name=NAME)
+        policy = make_policy(self.config.eviction)
+        store.packed = packed = PackedMemory(store, tier, policy, coder)
+        store.is_prefetching = True
+        return packed
 
     def _scanned(self, done: int, size: int) -> None:
         """A segment's headers have been read, of an index that is being rebuilt."""

@@ -27,6 +27,7 @@ from kvd.daemon.arrival import Arrival
 from kvd.daemon.directory import Entry
 from kvd.daemon.leases import LEASE_NS_DEFAULT, ReadLease, WriteLease, Writer
 from kvd.daemon.processes import process_start
+from kvd.daemon.room import has_room, make_room
 from kvd.daemon.store import ChunkStore
 from kvd.errors import Corrupt, InvalidRequest, KvdError, LeaseExpired, TooLarge, UnknownLease
 from kvd.keys import ChunkKey, PackedKeys, check_key, short, split_keys
@@ -202,11 +203,10 @@ class Session:
     def _reserve(self, message: pb.ReserveRequest) -> pb.ReserveReply | Awaitable[pb.ReserveReply]:
         self._facts.check_serving()
         metas = _metas_of(message)
-        lower = self._store.lower
-        if message.wait_ns and lower is not None:
+        if message.wait_ns and self._store.below:
             size = self._store.missing_size(metas)
-            if not lower.has_room(size):
-                room = lower.make_room(size, _room_wait_s(message.wait_ns))
+            if not has_room(self._store.below, size):
+                room = make_room(self._store.below, size, _room_wait_s(message.wait_ns))
                 return _later(room, partial(self._reserve_now, message, metas))
         return self._reserve_now(message, metas)
 
@@ -239,11 +239,10 @@ class Session:
         self._facts.check_serving()
         layout = Fingerprint(check_key(message.layout))
         keys = checked_keys(message.keys)
-        lower = self._store.lower
-        if message.wait_ns and lower is not None:
+        if message.wait_ns and self._store.below:
             size = self._store.absent_size(keys)
-            if not lower.has_room(size):
-                room = lower.make_room(size, _room_wait_s(message.wait_ns))
+            if not has_room(self._store.below, size):
+                room = make_room(self._store.below, size, _room_wait_s(message.wait_ns))
                 return _later(room, partial(self._pin_now, message, keys, layout))
         return self._pin_now(message, keys, layout)
 

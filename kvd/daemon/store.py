@@ -28,7 +28,7 @@ from kvd.daemon.inherited import Inherited
 from kvd.daemon.layout_book import LayoutBook
 from kvd.daemon.leases import LeaseBook, ReadLease, WriteLease, Writer, check_lease_ns
 from kvd.daemon.memory import Memory
-from kvd.daemon.roles import HotSet, Lower
+from kvd.daemon.roles import HotSet, Lower, Packed
 from kvd.daemon.store_check import check_store
 from kvd.daemon.transit import Transit
 from kvd.errors import InvalidRequest, LayoutMismatch, LeaseExpired, TooLarge
@@ -67,6 +67,7 @@ class ChunkStore:
         self._arrivals = arrivals = Arrivals()
         self.arrival, self.are_ready = arrivals.get, arrivals.are_ready
         self.ready_size, self.extent_of = arrivals.ready_size, arrivals.extent_of
+        self.reads_disk = arrivals.reads_disk
 
         self.transit = transit = Transit(
             self.memory,
@@ -74,6 +75,7 @@ class ChunkStore:
             self.counters,
             arrivals,
             make_room=self._make_room,
+            whole_size=self._book.whole_size,
             remove=self._remove,
         )
         self.bring, self.land, self.lose = transit.fetch, transit.land, transit.lose
@@ -91,6 +93,20 @@ class ChunkStore:
     @lower.setter
     def lower(self, lower: Lower) -> None:
         self.memory.lower = lower
+
+    @property
+    def below(self) -> Sequence[Lower | Packed]:
+        """What has chunks that are not in memory, if anything does."""
+        return [below for below in (self.memory.packed, self.memory.lower) if below is not None]
+
+    @property
+    def packed(self) -> Packed | None:
+        """What keeps chunks encoded in memory, if anything does."""
+        return self.memory.packed
+
+    @packed.setter
+    def packed(self, packed: Packed) -> None:
+        self.memory.packed = packed
 
     @property
     def hot(self) -> HotSet | None:
@@ -118,7 +134,7 @@ class ChunkStore:
         `pin` does. With `prefetch_at_ns`, the time, those on disk begin to come.
         """
         found = self.directory.match(keys)
-        if prefetch_at_ns is not None and self.memory.lower is not None and found:
+        if prefetch_at_ns is not None and self.below and found:
             self.transit.prefetch(keys, found, prefetch_at_ns)
         self.counters["lookups"] += 1
         self.counters["lookup_chunks"] += len(keys)
@@ -216,16 +232,15 @@ class ChunkStore:
                 hot.keep(entry)
             entries.append(entry)
         self.counters["commit_chunks"] += len(entries)
-        lower = self.memory.lower
-        if lower is not None:
-            lower.wake(entries)
+        for below in self.below:
+            below.wake(entries)
         return len(entries)
 
     def absent_size(self, keys: Sequence[ChunkKey]) -> int:
-        """Bytes of those of `keys` that are on disk only."""
+        """Bytes that those of `keys` which are not in memory will have there."""
         found = (self.directory.get(key) for key in keys)
         return sum(
-            entry.size
+            self._book.whole_size(entry.meta, entry.placement) or 0
             for entry in found
             if entry is not None and entry.in_memory is None and entry not in self.transit.arriving
         )
@@ -389,7 +404,10 @@ class ChunkStore:
         """Take a chunk out of memory; what is nowhere else is gone."""
         self.counters["evict_chunks"] += 1
         self.counters["evict_bytes"] += entry.size
-        if entry.on_disk is not None:
+        if entry.is_backed:
+            if entry.packed is not None:
+                assert self.memory.packed is not None
+                self.memory.packed.touch(entry)
             extent = self.memory.forget(entry)
             assert extent is not None
             self.inherited.forget(entry)
@@ -409,14 +427,17 @@ class ChunkStore:
         if entry.on_disk is not None:
             assert self.lower is not None
             self.lower.drop(entry)
-        if entry in self.transit.demoting:
-            self._policy.remove(entry.meta.key)
+        if entry.packed is not None:
+            assert self.memory.packed is not None
+            self.memory.packed.drop(entry)
+        if self.transit.is_leaving(entry):
+            self.memory.orphan(entry)
         elif entry.in_memory is not None or entry in self.transit.arriving:
             extent = self.memory.forget(entry)
             if extent is not None:
                 self.memory.free(extent)
         self.inherited.forget(entry)
-        entry.on_disk = None
+        entry.on_disk = entry.packed = None
 
     def _find(
         self, keys: Sequence[ChunkKey], layout: Fingerprint, *, standalone: bool

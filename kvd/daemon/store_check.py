@@ -21,8 +21,9 @@ def check_store(store: ChunkStore) -> None:
     store.tier.check()
     store._leases.check()
     listed = list(store.directory)
-    # Nobody lists them, but their bytes are still being written to disk.
-    orphans = [entry for entry in store.transit.demoting if not store._is_listed(entry)]
+    # Nobody lists them, but their bytes are still being written to disk or encoded.
+    leaving = store.transit.demoting | store.transit.packing
+    orphans = [entry for entry in leaving if not store._is_listed(entry)]
     _check_extents(store, [*listed, *orphans])
     _check_pins(store, [*listed, *orphans])
     _check_copies(store, listed)
@@ -37,8 +38,8 @@ def check_store(store: ChunkStore) -> None:
     assert store._held == {entry for entry in listed if entry.is_held}
     if store.hot is not None:
         store.hot.check(store.tier.num_extents)
-    if store.lower is not None:
-        store.lower.check(listed)
+    for below in store.below:
+        below.check(listed)
 
 
 def _check_extents(store: ChunkStore, entries: Sequence[Entry]) -> None:
@@ -59,6 +60,7 @@ def _check_pins(store: ChunkStore, entries: Sequence[Entry]) -> None:
     for lease in store._leases.reads():
         pins.update(lease.entries)
     pins.update(store.transit.demoting)
+    pins.update(store.transit.packing)
     pins.update(store.transit.arriving.keys())
     for entry in entries:
         assert entry.pins == pins[entry], "pins do not match the leases and moves"
@@ -69,9 +71,9 @@ def _check_pins(store: ChunkStore, entries: Sequence[Entry]) -> None:
 def _check_copies(store: ChunkStore, listed: Sequence[Entry]) -> None:
     arriving = store.transit.arriving
     for entry in listed:
-        assert entry.in_memory or entry.on_disk, "a listed chunk has no copy"
+        assert entry.in_memory or entry.is_backed, "a listed chunk has no copy"
         assert entry.in_memory is None or entry not in arriving
-    clean = [entry.size for entry in listed if entry.in_memory and entry.on_disk]
+    clean = [entry.size for entry in listed if entry.in_memory and entry.is_backed]
     assert sum(clean) == store.memory.clean_size
     ranked = {entry.meta.key for entry in listed if entry.in_memory or entry in arriving}
     assert set(store.memory.policy.victims()) == ranked, "the policy ranks what is in memory"

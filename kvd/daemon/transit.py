@@ -11,10 +11,11 @@ A chunk that is dropped on its way keeps its extent until the move has ended. Bo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from kvd.chunk import ChunkMeta, Extent, Placement
 from kvd.daemon.arrival import Arrival, Arrivals
+from kvd.daemon.codec_rules import RAW
 from kvd.daemon.directory import Directory, Entry
 from kvd.daemon.memory import Memory
 from kvd.keys import ChunkKey, PackedKeys
@@ -26,7 +27,7 @@ PREFETCHES_MAX = 32
 
 class Transit:
     """Between `memory` and its `lower`. `make_room` gives an extent of so many bytes at a time, or
-    None; `remove` unlists a chunk.
+    None; `whole_size` knows how many a chunk has there; `remove` unlists a chunk.
     """
 
     def __init__(
@@ -37,17 +38,21 @@ class Transit:
         arrivals: Arrivals,
         *,
         make_room: Callable[[int, int], Extent | None],
+        whole_size: Callable[[ChunkMeta, Placement], int | None],
         remove: Callable[[Entry], None],
     ) -> None:
-        # Chunks on their way from disk, and those whose bytes are being written to it.
-        self.arriving = arrivals.from_disk
+        # Chunks on their way into memory, and those whose bytes are being written or encoded.
+        self.arriving = arrivals.coming
         self.demoting: set[Entry] = set()
+        self.packing: set[Entry] = set()
         # What had come of chunks that were lost on the way, while somebody has them pinned.
         self.lost: dict[Entry, Extent] = {}
+        self._arrivals = arrivals
         self._memory = memory
         self._directory = directory
         self._counters = counters
         self._make_room = make_room
+        self._whole_size = whole_size
         self._remove = remove
 
     def fetch(self, entry: Entry, now_ns: int) -> bool:
@@ -56,17 +61,18 @@ class Transit:
         """
         if entry.in_memory is not None or entry in self.arriving:
             return True
-        assert entry.on_disk is not None
-        assert self._memory.lower is not None
-        extent = self._make_room(entry.on_disk.extent.size, now_ns)
+        source, home = entry.placement, self._memory.packed if entry.packed else self._memory.lower
+        assert home is not None
+        size = self._whole_size(entry.meta, source)
+        extent = None if size is None else self._make_room(size, now_ns)
         if extent is None:
             return False
-        arrival = Arrival(entry, extent)
+        arrival = Arrival(entry, extent, source)
         self.arriving[entry] = arrival
         self._memory.reserve(extent)
         self._memory.policy.insert(entry.meta, now_ns)
         self._memory.pin(entry)
-        self._memory.lower.fetch(arrival)
+        home.fetch(arrival)
         return True
 
     def fetch_all(
@@ -107,7 +113,8 @@ class Transit:
                 continue
             if len(self.arriving) >= PREFETCHES_MAX:
                 return
-            if entry.size > self._memory.ready_size or not self.fetch(entry, now_ns):
+            size = self._whole_size(entry.meta, entry.placement)
+            if size is None or size > self._memory.ready_size or not self.fetch(entry, now_ns):
                 return
             self._counters["prefetch_chunks"] += 1
 
@@ -118,8 +125,12 @@ class Transit:
         if not self._is_listed(entry):
             self._memory.free(arrival.extent)
             return
-        assert entry.on_disk is not None
-        self._memory.place(entry, Placement(arrival.extent, checksum=entry.on_disk.checksum))
+        source = arrival.source
+        # A bitstream's checksum is not that of what comes out of it.
+        checksum = source.checksum if source.codec == RAW else None
+        self._memory.place(
+            entry, Placement(arrival.extent, is_exact=source.is_exact, checksum=checksum)
+        )
         if self._memory.hot is not None:
             self._memory.hot.keep(entry)
         self._counters["promote_chunks"] += 1
@@ -156,22 +167,63 @@ class Transit:
         the copy is the caller's to drop.
         """
         self.demoting.discard(entry)
-        is_listed = self._is_listed(entry)
-        self._memory.unpin(entry)
-        if not is_listed:
-            assert entry.in_memory is not None
-            self._memory.free(entry.in_memory.extent)
-            entry.in_memory = None
+        if not self._stays(entry):
             return False
         if placement is not None:
             self._memory.shelve(entry, placement)
             entry.is_recent = False
         return True
 
+    def begin_packing(self, entry: Entry) -> None:
+        """The chunk's bytes are being encoded: they stay where they are."""
+        assert entry.in_memory is not None
+        assert entry.packed is None
+        self.packing.add(entry)
+        self._memory.pin(entry)
+
+    def end_packing(self, entry: Entry) -> bool:
+        """They are encoded, or will not be. False if nobody wants them any more."""
+        self.packing.discard(entry)
+        return self._stays(entry)
+
+    def pack(self, entry: Entry, placement: Placement) -> None:
+        """The chunk has an encoded copy."""
+        self._memory.pack(entry, placement)
+
+    def unpack(self, entry: Entry) -> None:
+        """Give up the encoded copy of a chunk that is not arriving; without another, the chunk."""
+        assert entry not in self.arriving
+        if entry.in_memory is None and entry.on_disk is None:
+            self._remove(entry)
+            return
+        assert self._memory.packed is not None
+        self._memory.packed.drop(entry)
+        self._memory.unpack(entry)
+
+    def is_leaving(self, entry: Entry) -> bool:
+        """Whether its bytes in memory are being written or encoded."""
+        return entry in self.demoting or entry in self.packing
+
+    def _stays(self, entry: Entry) -> bool:
+        """A move that needed the chunk's bytes has ended; False if it is not listed any more."""
+        self._memory.unpin(entry)
+        if self._is_listed(entry):
+            return True
+        if not self.is_leaving(entry):
+            assert entry.in_memory is not None
+            self._memory.free(entry.in_memory.extent)
+            entry.in_memory = None
+        return False
+
     @property
     def demoting_size(self) -> int:
         """Bytes of memory that are being written to disk."""
-        return sum(e.in_memory.extent.size for e in self.demoting if e.in_memory is not None)
+        return _size_in_memory(self.demoting)
+
+    @property
+    def packing_size(self) -> int:
+        """Bytes of memory that are being encoded."""
+        return _size_in_memory(self.packing)
 
     def is_demoting(self, entry: Entry) -> bool:
         """Whether its bytes are on their way to disk."""
@@ -190,11 +242,9 @@ class Transit:
         return entry
 
     def unshelve(self, entry: Entry) -> None:
-        """Give up the copy on disk of a chunk that is not arriving; without one in memory, the
-        chunk.
-        """
-        assert entry not in self.arriving
-        if entry.in_memory is None:
+        """Give up the copy on disk of a chunk, which nobody reads; without another, the chunk."""
+        assert not self._arrivals.reads_disk(entry)
+        if entry.in_memory is None and entry.packed is None:
             self._remove(entry)
             return
         assert self._memory.lower is not None
@@ -208,3 +258,7 @@ class Transit:
 
     def _is_listed(self, entry: Entry) -> bool:
         return self._directory.get(entry.meta.key) is entry
+
+
+def _size_in_memory(entries: Iterable[Entry]) -> int:
+    return sum(e.in_memory.extent.size for e in entries if e.in_memory is not None)

@@ -186,10 +186,12 @@ class Upkeep:
                 return False
         while entries := self._mover.shelf.on(info.slot):
             for entry in entries:
-                if self._store.arrival(entry) is None:
+                if not self._store.reads_disk(entry):
                     self._store.counters["nvme_evict_chunks"] += entry.in_memory is None
                     self._store.unshelve(entry)
             await self._mover.promoter.reads_end(info.slot)
+            # One of them may be read where it was before.
+            await asyncio.sleep(0)
         await self._mover.promoter.reads_end(info.slot)
         try:
             await self._tier.reclaim(info.slot)
@@ -217,7 +219,7 @@ class Upkeep:
                 payload_checksum=header.payload_checksum or None,
             )
         except Corrupt as error:
-            if entry.on_disk is placement and self._store.arrival(entry) is None:
+            if entry.on_disk is placement and not self._store.reads_disk(entry):
                 self._mover.promoter.quarantine(entry, placement.extent, str(error))
             return
         except TierFailed as error:
@@ -298,7 +300,7 @@ class Upkeep:
         except Corrupt as error:
             if entry.on_disk is not placement:
                 return True
-            if self._store.arrival(entry) is None:
+            if not self._store.reads_disk(entry):
                 self._mover.promoter.quarantine(entry, placement.extent, str(error))
             return False
         except TierFailed as error:

@@ -13,9 +13,8 @@ from kvd.tiers.allocator import Allocator
 class CpuTier:
     """A `Tier` over an `Arena`; its extents are offsets into the mapping."""
 
-    name = "cpu"
-
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, *, name: str = "cpu") -> None:
+        self.name = name
         self.arena = arena
         self.size = arena.size
         self._allocator = Allocator(arena.size)

@@ -21,6 +21,7 @@ from kvd.chunk import Extent
 from kvd.tiers.segment import RecordHeader
 from kvd.tiers.segment_log import SegmentLog
 from kvd.tiers.segment_reader import STRIPE_SIZE
+from kvd.tiers.settled import settled
 
 # Four in flight take what a device gives. There are more threads: while one hashes what it writes
 # or has read, its place at the device must not stay empty. Records of 2 MiB, by a plain stream:
@@ -82,11 +83,11 @@ class NvmeTier:
             self._syncer.submit(self._sync)
 
         self._writers.submit(write)
-        return await _settled(asyncio.wrap_future(done), self._drop)
+        return await settled(asyncio.wrap_future(done), self._drop)
 
     async def read(self, extent: Extent, out: NDArray[np.uint8]) -> RecordHeader:
         """`SegmentLog.read`."""
-        return await _settled(self._run(self._readers, lambda: self.log.read(extent, out)))
+        return await settled(self._run(self._readers, lambda: self.log.read(extent, out)))
 
     async def read_stream(
         self,
@@ -106,11 +107,11 @@ class NvmeTier:
                 extent, out, check=check, progress=progress, stripe_size=stripe_size
             )
 
-        return await _settled(self._run(self._readers, read))
+        return await settled(self._run(self._readers, read))
 
     async def read_header(self, extent: Extent) -> RecordHeader:
         """`SegmentLog.read_header`."""
-        return await _settled(self._run(self._readers, lambda: self.log.read_header(extent)))
+        return await settled(self._run(self._readers, lambda: self.log.read_header(extent)))
 
     async def read_range(
         self,
@@ -125,15 +126,15 @@ class NvmeTier:
         def read() -> RecordHeader:
             return self.log.read_range(extent, offset, out, header=header)
 
-        return await _settled(self._run(self._readers, read))
+        return await settled(self._run(self._readers, read))
 
     async def kill(self, extent: Extent) -> bool:
         """`SegmentLog.kill`."""
-        return await _settled(self._run(self._writers, lambda: self.log.kill(extent)))
+        return await settled(self._run(self._writers, lambda: self.log.kill(extent)))
 
     async def reclaim(self, slot: int) -> None:
         """`SegmentLog.reclaim`."""
-        await _settled(self._run(self._writers, lambda: self.log.reclaim(slot)))
+        await settled(self._run(self._writers, lambda: self.log.reclaim(slot)))
 
     def close(self) -> None:
         """Wait for what is under way, then close the log."""
@@ -159,19 +160,3 @@ class NvmeTier:
 
     def _run(self, pool: ThreadPoolExecutor, call: Callable[[], _T]) -> asyncio.Future[_T]:
         return asyncio.get_running_loop().run_in_executor(pool, call)
-
-
-async def _settled(story: asyncio.Future[_T], undo: Callable[[_T], None] | None = None) -> _T:
-    # A thread cannot be stopped in the middle of a transfer: whoever cancels waits for its end, for
-    # only then is the memory the caller's again.
-    try:
-        return await asyncio.shield(story)
-    except asyncio.CancelledError:
-        while not story.done():
-            try:
-                await asyncio.wait([story])
-            except asyncio.CancelledError:
-                continue
-        if undo is not None and not story.cancelled() and story.exception() is None:
-            undo(story.result())
-        raise

@@ -1,0 +1,1 @@
+"""Profiles that come with kvd, one file a model."""
