@@ -106,10 +106,11 @@ def _make_cachegen(level: str | None, profiles: Any) -> Codec:
 
 
 def _make_kvq(level: str | None, profiles: Any) -> Codec:
+    from kvd.codecs.attention_score import token_classes
     from kvd.codecs.kvq import Kvq
 
     # A level by its name in the model's profile, or the first.
-    return Kvq(level or 0, _needed("kvq", profiles))
+    return Kvq(level or 0, _needed("kvq", profiles), token_classes=token_classes)
 
 
 def _without_level(name: str, level: str | None, make: Callable[[], Codec]) -> Codec:

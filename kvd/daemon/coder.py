@@ -37,6 +37,7 @@ from kvd.tiers.settled import settled
 if TYPE_CHECKING:
     from kvd.codecs.kvq import ProfileBook
     from kvd.codecs.profile import Profile
+    from kvd.codecs.profile_folder import ProfileFolder
 
 log = logging.getLogger("kvd.codec")
 
@@ -179,15 +180,21 @@ class _Profiles:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        self._told: set[Path] = set()
 
     @cached_property
-    def _book(self) -> ProfileBook:
+    def _book(self) -> ProfileFolder:
         from kvd.codecs.profile_folder import ProfileFolder
 
         return ProfileFolder(self._folder)
 
     def for_layout(self, layout: KVLayout) -> Profile | None:
-        return self._book.for_layout(layout)
+        found = self._book.for_layout(layout)
+        for path, reason in self._book.broken.items():
+            if path not in self._told:
+                self._told.add(path)
+                log.warning("event=profile_unreadable path=%s reason=%r", path, reason)
+        return found
 
     def by_hash(self, hash: bytes) -> Profile | None:
         return self._book.by_hash(hash)
