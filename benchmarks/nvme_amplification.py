@@ -44,6 +44,7 @@ from benchmarks.nvme_trace import Prompt, read_prompts
 from kvd.arena import Arena
 from kvd.chunk import ChunkMeta, Fingerprint
 from kvd.daemon import upkeep
+from kvd.daemon.coder import open_coder
 from kvd.daemon.config import Config
 from kvd.daemon.directory import Entry
 from kvd.daemon.eviction.registry import make_policy
@@ -219,7 +220,7 @@ class Replay:
         store = ChunkStore(CpuTier(arena), make_policy(self._config.eviction))
         store.declare(self._layout)
         others = set(child_pids(os.getpid()))
-        mover = await reopen(self._config, store)
+        mover = await reopen(self._config, store, open_coder(self._config))
         (index_pid,) = set(child_pids(os.getpid())) - others
         shelf = mover.shelf = CountingShelf(mover.tier.log.segment_size)
         mover.start()

@@ -22,6 +22,10 @@ from tests.nvme_log import Opener, opener
 # What a daemon may take to say ready on a loaded machine, before a test gives up.
 START_S_MAX = 60
 
+# Who starts the tests in the background may have Ctrl-C ignored, and every daemon here with them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 class DaemonProcess:
     """`kvd start` in a process of its own, on a socket below the test's folder.

@@ -15,7 +15,6 @@ import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,8 +90,6 @@ def terminal(
         stderr=theirs,
         cwd=ROOT,
         env={**os.environ, "TERM": "xterm-256color"},
-        # Whoever runs the tests in the background may have it ignored.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     try:
