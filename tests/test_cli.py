@@ -40,7 +40,7 @@ from tests.conftest import DaemonProcess
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("start", "status", "ls", "clear", "pin", "unpin", "persist", "scrub", "fsck"),
-    *("doctor", "completion"),
+    *("doctor", "completion", "calibrate"),
 )
 REMOTE_COMMANDS = (
     *("status", "ls", "clear --all --yes", f"pin {'ab' * 32}", f"unpin {'ab' * 32}"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvd import __version__
+from kvd.cli.calibrate import calibrate
 from kvd.cli.console import (
     FAILURE,
     USAGE,
@@ -60,7 +61,7 @@ def main(context: click.Context) -> None:
         context.exit(USAGE)
 
 
-for command in (persist, scrub, fsck):
+for command in (persist, scrub, fsck, calibrate):
     main.add_command(command)
 
 

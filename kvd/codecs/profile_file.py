@@ -57,10 +57,12 @@ class Judged:
     codes_gained: int
 
     def is_safe(self, kl_max: float) -> bool:
-        """Whether KL stays within `kl_max` and no loss of facts can be told from chance."""
+        """Whether KL and its standard error together stay within `kl_max`, and no loss of facts can
+        be told from chance.
+        """
         changed = self.codes_lost + self.codes_gained
         has_lost = self.codes_lost - self.codes_gained > max(1.0, 2 * math.sqrt(changed))
-        return self.kl <= kl_max and not has_lost
+        return self.kl + self.kl_se <= kl_max and not has_lost
 
 
 @dataclass(frozen=True, kw_only=True)
