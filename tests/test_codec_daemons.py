@@ -167,6 +167,16 @@ def test_memory_has_room_for_more_when_it_is_packed(tmp_path: Path) -> None:
         assert sum(tier.size for tier in status.tiers) == 18 << 20
 
 
+def test_codecs_are_compiled_before_the_daemon_is_ready(tmp_path: Path) -> None:
+    with DaemonProcess(tmp_path, "--codec", "cpu=bf16,cpu/rag=kvq:2") as daemon:
+        lines = daemon.log.read_text().splitlines()
+    ready = next(index for index, line in enumerate(lines) if "event=ready" in line)
+    told = [
+        line.partition("codec=")[2].split()[0] for line in lines[:ready] if "codec_ready" in line
+    ]
+    assert sorted(told) == ["bf16", "kvq"]
+
+
 def test_a_file_that_is_no_profile_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "profiles"
     folder.mkdir()

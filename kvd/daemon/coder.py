@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -27,7 +28,8 @@ from kvd.chunk import ChunkMeta, Placement
 from kvd.codecs.base import Codec, Part, Span
 from kvd.codecs.bitstream import read_header
 from kvd.codecs.registry import open_codec
-from kvd.daemon.codec_rules import RAW, CodecRules
+from kvd.codecs.warm import warm
+from kvd.daemon.codec_rules import RAW, TIERS, CodecRules
 from kvd.daemon.config import Config
 from kvd.errors import ConfigError, Corrupt, Unsupported
 from kvd.keys import short
@@ -71,12 +73,22 @@ class Coder:
 
     def open_all(self) -> None:
         """Open every codec that the rules name. Raises `ConfigError` for one that is not here."""
-        for tier in ("cpu", "nvme"):
-            for spec in self._rules.specs_of(tier):
+        for tier in TIERS:
+            for spec in sorted(self._rules.specs_of(tier)):
                 try:
                     self._codec(spec)
                 except (Unsupported, ImportError) as error:
                     raise ConfigError(f"codec {tier}={spec}: {error}") from error
+
+    async def warm_up(self) -> None:
+        """Have all of them compiled: a first chunk must not wait for that."""
+        started = time.monotonic()
+        # Levels of a codec are compiled together.
+        specs = {spec.partition(":")[0]: spec for spec in self._by_spec}
+        for name, spec in specs.items():
+            await self._on_thread(partial(warm, spec))
+            seconds = time.monotonic() - started
+            log.info("event=codec_ready codec=%s seconds=%.1f", name, seconds)
 
     def encodes(self, tier: str, meta: ChunkMeta, source: Placement) -> bool:
         """Whether the rules want a chunk encoded in a tier, and that can be, from `source`."""

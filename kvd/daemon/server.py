@@ -82,6 +82,7 @@ class Daemon:
                 log.info("event=http_listening port=%d", http.port)
             coder = open_coder(self.config)
             stack.callback(coder.close)
+            await coder.warm_up()
             try:
                 store, hot = await self._open_store()
                 mover = await self._open_disk(store, coder)
