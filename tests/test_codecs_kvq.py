@@ -23,8 +23,8 @@ from kvd.codecs.bitstream import body_offset, read_header, read_sections, write_
 from kvd.codecs.kernels import ids as ids_by_loops
 from kvd.codecs.kernels import kvq as roles
 from kvd.codecs.kernels import numba_ids as ids_by_numba
-from kvd.codecs.kernels import numba_kvq, reference
-from kvd.codecs.kernels.kvq import Coded, Dither, Kernels
+from kvd.codecs.kernels import numba_kvq, numba_kvq_lanes, reference
+from kvd.codecs.kernels.kvq import Coded, Dither, Kernels, Place, Scales, Tokens, Window
 from kvd.codecs.kvq import NUM_SINKS, Kvq
 from kvd.codecs.kvq_section import Content
 from kvd.codecs.kvq_side import ids_size_max, pack_ids, unpack_ids
@@ -570,6 +570,44 @@ def read(section: Bytes, compute: Kernels, num_tokens: int) -> NDArray[np.int16]
     return symbols
 
 
+HOSTILE_WINDOW = Window(layers=range(1), heads=range(1))
+
+
+def hostile_scales() -> Scales:
+    shape = (1, 2, 1, HOSTILE_CHANNELS // 2)
+    return Scales(
+        means=np.full(shape, 0.25, np.float32),
+        steps=np.full(shape, 1.5, np.float32),
+        rotation=rotation(Rope(frequencies=np.ones(2)), Span(start=3, num_tokens=HOSTILE_TOKENS)),
+        is_half=False,
+    )
+
+
+def read_whole(section: Bytes, num_tokens: int) -> NDArray[np.uint16] | None:
+    """The elements in one call, None where the section is corrupt. It stands between other bytes,
+    which are not part of it.
+    """
+    kv = np.zeros((1, 2, HOSTILE_TOKENS, 1, HOSTILE_CHANNELS // 2), np.uint16)
+    image = np.concatenate([np.full(7, 0xFF, np.uint8), section, np.full(9, 0xFF, np.uint8)])
+    place = Place(
+        offset=7, size=section.size, section=HOSTILE_WINDOW, wanted=HOSTILE_WINDOW, basis=None
+    )
+    tokens = Tokens(count=HOSTILE_TOKENS, wanted=num_tokens, start=3, is_dithered=False)
+    found = numba_kvq.restore_sections(image, [place], tokens, hostile_scales(), kv)
+    assert found in (None, 0)
+    return kv if found is None else None
+
+
+def elements_of(section: Bytes, symbols: NDArray[np.int16]) -> NDArray[np.uint16]:
+    """What the reference makes of a section's symbols."""
+    content = kvq_section.parse(section, HOSTILE_TOKENS, HOSTILE_CHANNELS)
+    kv = np.zeros((1, 2, HOSTILE_TOKENS, 1, HOSTILE_CHANNELS // 2), np.uint16)
+    numbers = reference.dequantise(symbols, content.classes, None)
+    raws = content.raws_by_token(len(symbols))
+    reference.restore(numbers, HOSTILE_WINDOW, HOSTILE_WINDOW, hostile_scales(), raws, kv)
+    return kv
+
+
 def read_hostile_sections(seeds: int) -> None:
     """Each flip, each cut, random tails; both implementations must find the same."""
     section = hostile_section()
@@ -592,6 +630,10 @@ def read_hostile_sections(seeds: int) -> None:
             one, two = (read(found, compute, num_tokens) for compute in BOTH)
             assert (one is None) == (two is None)
             assert one is None or two is None or np.array_equal(one, two)
+            elements = read_whole(found, num_tokens)
+            assert (elements is None) == (two is None)
+            if elements is not None and two is not None:
+                assert np.array_equal(elements, elements_of(found, two))
 
 
 def test_a_hostile_section_is_corrupt_or_some_symbols() -> None:
@@ -606,8 +648,24 @@ def test_kernels_stay_within_their_arrays(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env=environment)
 
 
+@pytest.mark.skipif(not numba_kvq_lanes.IS_WIDE, reason="this machine has no such vectors")
+def test_without_wide_vectors_the_bits_are_the_same(tmp_path: Path) -> None:
+    code = (
+        "from tests import test_codecs_kvq as t; assert not t.numba_kvq_lanes.IS_WIDE;"
+        "t.read_hostile_sections(5); t.round_trips()"
+    )
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "x86-64-v2",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env=environment)
+
+
 def round_trips() -> None:
-    """Shapes with odd ends, through all kernels."""
+    """Shapes with odd ends, through all kernels, and the reference's bytes."""
     for shape, num_tokens in [((2, 2, 2, 24), 33), ((1, 1, 1, 3), 1), ((3, 2, 2, 64), 40)]:
         for level in ("none", "dithered", "cross"):
             for dtype in ("bfloat16", "float16"):
@@ -618,6 +676,14 @@ def round_trips() -> None:
                 span = Span(start=0, num_tokens=num_tokens)
                 out = np.zeros(chunk.size, np.uint8)
                 codec.decode(bitstream, layout, span, out, Part(head_start=shape[2] - 1))
+                if level == "cross":
+                    continue
+                book = Book(level, "pairs")
+                slow = Kvq(level, book, token_classes=every_third, compute=reference)
+                assert encoded(slow, chunk, layout).tobytes() == bitstream.tobytes()
+                wanted = np.zeros(chunk.size, np.uint8)
+                slow.decode(bitstream, layout, span, wanted, Part(head_start=shape[2] - 1))
+                assert wanted.tobytes() == out.tobytes()
 
 
 def test_every_bad_count_of_a_section_is_corrupt() -> None:

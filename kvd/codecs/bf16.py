@@ -9,7 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from kvd.codecs.base import WHOLE, Bytes, Part, Span
-from kvd.codecs.bf16_block import Values, decode_block, fastest_kernels, read_block, write_block
+from kvd.codecs.bf16_block import (
+    Values,
+    decode_block,
+    fastest_kernels,
+    fastest_sections,
+    read_block,
+    write_block,
+)
 from kvd.codecs.bitstream import (
     Header,
     Section,
@@ -36,6 +43,7 @@ class Bf16:
     is_exact = True
 
     def __init__(self, *, with_numba: bool = True) -> None:
+        self._with_numba = with_numba
         self._kernels = fastest_kernels() if with_numba else reference_bf16
 
     def size_bytes_max(self, layout: KVLayout, num_tokens: int) -> int:
@@ -64,8 +72,23 @@ class Bf16:
         shift = _shift_of(layout)
         header = read_header_of(bitstream, NAME, is_exact=True)
         chunk = as_layers(out, layout, span.num_tokens, np.uint16)
-        for section in read_sections(bitstream, header, layout, span, part):
-            self._decode_section(section, layout, chunk, part, shift)
+        sections = list(read_sections(bitstream, header, layout, span, part))
+        restore = fastest_sections() if self._with_numba else None
+        if restore is None:
+            for section in sections:
+                self._decode_section(section, layout, chunk, part, shift)
+            return
+        layers, heads, tokens = part.within(layout, span.num_tokens)
+        base = int(bitstream.ctypes.data)
+        places = np.array([_place(section, base, layers, heads) for section in sections])
+        frozen = bitstream.view()
+        # Numba would compile once more for what can be written.
+        frozen.flags.writeable = False
+        corrupt = restore(frozen, places, np.int64(shift), tokens, chunk)
+        if corrupt >= 0:
+            # What is wrong with it is found, and said, once more.
+            self._decode_section(sections[corrupt], layout, chunk, part, shift)
+            raise Corrupt("a section that is not its blocks")
 
     def _decode_section(
         self, section: Section, layout: KVLayout, chunk: Values, part: Part, shift: int
@@ -83,6 +106,24 @@ class Bf16:
                     decode_block(self._kernels, block, shift, first, target)
         if rest.size:
             raise Corrupt(f"{rest.size} bytes behind the last block of a section")
+
+
+def _place(section: Section, base: int, layers: range, heads: range) -> tuple[int, ...]:
+    """Where a section stands, what it holds, what of that is wanted. Its content is a view of the
+    bitstream, which begins at address `base`.
+    """
+    return (
+        int(section.content.ctypes.data) - base,
+        section.content.size,
+        section.layers.start,
+        section.layers.stop,
+        section.heads.start,
+        section.heads.stop,
+        max(layers.start, section.layers.start),
+        min(layers.stop, section.layers.stop),
+        max(heads.start, section.heads.start),
+        min(heads.stop, section.heads.stop),
+    )
 
 
 def _header(layout: KVLayout) -> Header:

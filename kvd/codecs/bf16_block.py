@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -37,6 +38,16 @@ def fastest_kernels() -> ModuleType:
         from kvd.codecs.kernels import numba_bf16 as found
     except ImportError:
         return reference
+    return found
+
+
+@cache
+def fastest_sections() -> Callable[..., int] | None:
+    """Numba's loop over whole sections, if Numba is installed."""
+    try:
+        from kvd.codecs.kernels.numba_bf16_sections import restore_sections as found
+    except ImportError:
+        return None
     return found
 
 

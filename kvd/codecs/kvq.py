@@ -8,7 +8,7 @@ threads as there may be; the bytes are the same on any count of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Protocol, TypeVar
@@ -27,7 +27,7 @@ from kvd.codecs.bitstream import (
     read_sections,
     write_head,
 )
-from kvd.codecs.kernels.kvq import Coded, Kernels, Window, kernels
+from kvd.codecs.kernels.kvq import Coded, Kernels, SectionKernels, Window, kernels
 from kvd.codecs.kvq_plan import Plan, level_index
 from kvd.codecs.kvq_section import Content
 from kvd.codecs.profile import Profile
@@ -101,8 +101,16 @@ class Kvq:
         chunk, _ = _elements(kv, layout, span)
         assert out.size >= self.size_bytes_max(layout, span.num_tokens)
 
+        by_layer = list(
+            self._mapped(
+                lambda layer: self._layer_classes(chunk, plan, profile, layer),
+                range(layout.num_layers),
+            )
+        )
+
         def encoded(window: Window) -> Bytes:
-            section = kvq_section.pack(self._content(chunk, plan, profile, window))
+            classes = _finest(by_layer, window)
+            section = kvq_section.pack(self._content(chunk, plan, window, classes))
             if section.size <= kvq_section.size_max(span.num_tokens, plan.num_channels(window)):
                 return section
             # Symbols that take more room than what they stand for.
@@ -122,29 +130,64 @@ class Kvq:
         _check_dtype(layout)
         header = read_header(bitstream)
         plan = self._plan_of(header, layout, span)
-        layers, heads, num_tokens = part.within(layout, span.num_tokens)
         chunk, is_copy = _elements(out, layout, span)
-
-        def decode_section(section: Section) -> None:
-            window = Window(layers=section.layers, heads=section.heads)
-            wanted = Window(layers=_both(layers, window.layers), heads=_both(heads, window.heads))
-            content = kvq_section.parse(section.content, span.num_tokens, plan.num_channels(window))
-            numbers = self._numbers(content, plan, window, num_tokens)
-            raws = content.raws_by_token(num_tokens)
-            self._compute.restore(numbers, window, wanted, plan.scales, raws, chunk)
-
-        for _ in self._mapped(decode_section, read_sections(bitstream, header, layout, span, part)):
-            pass
+        sections = read_sections(bitstream, header, layout, span, part)
+        if isinstance(self._compute, SectionKernels):
+            self._decode_together(self._compute, bitstream, list(sections), plan, part, chunk)
+        else:
+            for _ in self._mapped(
+                lambda section: self._decode_section(section, plan, part, chunk), sections
+            ):
+                pass
         if is_copy:
             out[:] = chunk.reshape(-1).view(np.uint8)
 
+    def _decode_together(
+        self,
+        compute: SectionKernels,
+        bitstream: Bytes,
+        sections: Sequence[Section],
+        plan: Plan,
+        part: Part,
+        chunk: NDArray[np.uint16],
+    ) -> None:
+        """A call for each thread."""
+        tokens = plan.tokens(part)
+        places = [plan.place(section, part, _offset(section, bitstream)) for section in sections]
+        count = -(-len(places) // self._num_threads)
+
+        def restore(first: int) -> int | None:
+            shares = places[first : first + count]
+            found = compute.restore_sections(bitstream, shares, tokens, plan.scales, chunk)
+            return None if found is None else first + found
+
+        for corrupt in self._mapped(restore, range(0, len(places), count)):
+            if corrupt is not None:
+                # What is wrong with it is found, and said, once more.
+                self._decode_section(sections[corrupt], plan, part, chunk)
+                raise Corrupt("a section whose symbols do not fit it")
+
+    def _decode_section(
+        self, section: Section, plan: Plan, part: Part, chunk: NDArray[np.uint16]
+    ) -> None:
+        """A kernel at a time."""
+        place, tokens = plan.place(section, part, 0), plan.tokens(part)
+        window = place.section
+        content = kvq_section.parse(section.content, tokens.count, plan.num_channels(window))
+        numbers = self._numbers(content, plan, window, tokens.wanted)
+        raws = content.raws_by_token(tokens.wanted)
+        self._compute.restore(numbers, window, place.wanted, plan.scales, raws, chunk)
+
     def _content(
-        self, chunk: NDArray[np.uint16], plan: Plan, profile: Profile, window: Window
+        self,
+        chunk: NDArray[np.uint16],
+        plan: Plan,
+        window: Window,
+        classes: NDArray[np.uint8],
     ) -> Content:
         num_tokens = chunk.shape[2]
         numbers = np.empty((num_tokens, plan.num_channels(window)), np.float32)
         is_finite = self._compute.normalise(chunk, window, plan.scales, numbers)
-        classes = self._classes(chunk, plan, profile, window)
         classes[~is_finite] = CLASS_RAW
         classes[: max(0, NUM_SINKS - plan.span.start)] = CLASS_RAW
         basis = plan.basis(window)
@@ -158,18 +201,14 @@ class Kvq:
         raws = _raws(chunk, window, classes)
         return Content(ids=ids, classes=classes, coded=coded, raws=raws)
 
-    def _classes(
-        self, chunk: NDArray[np.uint16], plan: Plan, profile: Profile, window: Window
+    def _layer_classes(
+        self, chunk: NDArray[np.uint16], plan: Plan, profile: Profile, layer: int
     ) -> NDArray[np.uint8]:
-        """The finest class that any layer or head of the section asks for."""
-        classes = np.zeros(chunk.shape[2], np.uint8)
+        """`uint8 [tokens, heads]`: what tokens of a layer ask for. Sections share it."""
         if self._token_classes is None:
-            return classes
-        for layer in window.layers:
-            keys = self._keys(chunk, plan, layer)
-            wanted = self._token_classes(keys, profile, layer)[:, _slice(window.heads)]
-            classes = np.maximum(classes, wanted.max(axis=1))
-        return np.minimum(classes, CLASS_RAW - 1)
+            return np.zeros(chunk.shape[2:4], np.uint8)
+        wanted = self._token_classes(self._keys(chunk, plan, layer), profile, layer)
+        return np.minimum(wanted, CLASS_RAW - 1).astype(np.uint8, copy=False)
 
     def _keys(self, chunk: NDArray[np.uint16], plan: Plan, layer: int) -> NDArray[np.float32]:
         """Un-rotated keys of a layer; 0 for tokens that are not finite."""
@@ -256,8 +295,18 @@ def _raws(
     return by_token[tokens].reshape(len(tokens), by_token[0].size)
 
 
-def _both(wanted: range, held: range) -> range:
-    return range(max(wanted.start, held.start), min(wanted.stop, held.stop))
+def _finest(by_layer: Sequence[NDArray[np.uint8]], window: Window) -> NDArray[np.uint8]:
+    """The finest class of each token that any layer or head of a section asks for; a copy."""
+    layers = by_layer[_slice(window.layers)]
+    found = np.zeros(len(by_layer[0]), np.uint8)
+    for wanted in layers:
+        np.maximum(found, wanted[:, _slice(window.heads)].max(axis=1), out=found)
+    return found
+
+
+def _offset(section: Section, bitstream: Bytes) -> int:
+    """Where the section stands: its content is a view."""
+    return int(section.content.ctypes.data) - int(bitstream.ctypes.data)
 
 
 def _slice(indices: range) -> slice:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvd.codecs.base import Span
-from kvd.codecs.bitstream import Header
-from kvd.codecs.kernels.kvq import Dither, Scales, Window
-from kvd.codecs.profile import Level, Profile
-from kvd.codecs.rope import rotation
+from kvd.codecs.base import Part, Span
+from kvd.codecs.bitstream import Header, Section
+from kvd.codecs.kernels.kvq import Dither, Place, Scales, Tokens, Window
+from kvd.codecs.profile import Level, Profile, Rope
+from kvd.codecs.rope import Rotation, rotation
 from kvd.errors import Unsupported
 from kvd.layout import KVLayout
+
+# Of 128 KiB each, where heads have 128 dims.
+ROTATIONS_MAX = 64
 
 
 class Plan:
@@ -40,7 +45,7 @@ class Plan:
         self.scales = Scales(
             means=np.ascontiguousarray(profile.means, np.float32),
             steps=np.ascontiguousarray(profile.steps, np.float32) * np.float32(self.level.scale),
-            rotation=rotation(profile.rope, span),
+            rotation=_rotation(profile.rope, span),
             is_half=layout.dtype == "float16",
         )
 
@@ -59,6 +64,28 @@ class Plan:
         """Channels of a section."""
         row = self._layout.num_planes * self._layout.head_dim
         return len(window.layers) * len(window.heads) * row
+
+    def tokens(self, part: Part) -> Tokens:
+        """Those of the chunk."""
+        _, _, num_wanted = part.within(self._layout, self.span.num_tokens)
+        return Tokens(
+            count=self.span.num_tokens,
+            wanted=num_wanted,
+            start=self.span.start,
+            is_dithered=self.level.is_dithered,
+        )
+
+    def place(self, section: Section, part: Part, offset: int) -> Place:
+        """A section that stands at `offset` of a bitstream, and what of it is in `part`."""
+        layers, heads, _ = part.within(self._layout, self.span.num_tokens)
+        window = Window(layers=section.layers, heads=section.heads)
+        return Place(
+            offset=offset,
+            size=section.content.size,
+            section=window,
+            wanted=Window(layers=_both(layers, window.layers), heads=_both(heads, window.heads)),
+            basis=self.basis(window),
+        )
 
     def basis(self, window: Window) -> NDArray[np.float32] | None:
         """`float32 [channels, channels]`, rows are components; None where there is no transform."""
@@ -91,6 +118,23 @@ class Plan:
             for head in window.heads
         ]
         return Dither(rows=np.array(rows, np.uint32), start=self.span.start)
+
+
+def _rotation(rope: Rope, span: Span) -> Rotation:
+    return _kept_rotation(rope.frequencies.tobytes(), rope.style, rope.offset, span)
+
+
+# Chunks of all sequences begin at the same positions; sines take as long as a tenth of decoding.
+@lru_cache(maxsize=ROTATIONS_MAX)
+def _kept_rotation(
+    frequencies: bytes, style: Literal["half", "pairs"], offset: int, span: Span
+) -> Rotation:
+    rope = Rope(frequencies=np.frombuffer(frequencies), style=style, offset=offset)
+    return rotation(rope, span)
+
+
+def _both(wanted: range, held: range) -> range:
+    return range(max(wanted.start, held.start), min(wanted.stop, held.stop))
 
 
 def level_index(level: int | str, profile: Profile) -> int:

@@ -5,9 +5,10 @@ A section is numbers `[tokens, channels]`; a channel is (layer, plane, head, dim
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,31 @@ class Coded:
     escapes: NDArray[np.int16]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A section: where it stands in a bitstream, what it holds, what of that is wanted, and the
+    basis behind it, float32 [channels, channels], if its level has one.
+    """
+
+    offset: int
+    size: int
+    section: Window
+    wanted: Window
+    basis: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Tokens of a chunk: how many it has, how many of the first are wanted, and the position of the
+    first. With a dither or without.
+    """
+
+    count: int
+    wanted: int
+    start: int
+    is_dithered: bool
+
+
 class Kernels(Protocol):
     """The same numbers from each implementation, bit for bit."""
 
@@ -121,6 +147,24 @@ class Kernels(Protocol):
     ) -> None:
         """The inverse of `normalise` for a part of a section, into `kv`. `raws`: what stands in
         the chunk for the tokens that are not coded, by token.
+        """
+        ...
+
+
+@runtime_checkable
+class SectionKernels(Protocol):
+    """Kernels that take sections as they stand, many in a call."""
+
+    def restore_sections(
+        self,
+        bitstream: NDArray[np.uint8],
+        places: Sequence[Place],
+        tokens: Tokens,
+        scales: Scales,
+        kv: NDArray[np.uint16],
+    ) -> int | None:
+        """What is wanted of sections, verified before, into `kv`; the index of one that is corrupt,
+        or None.
         """
         ...
 

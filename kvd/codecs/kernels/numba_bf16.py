@@ -150,11 +150,11 @@ def decode(
     table = make_table(lengths)
     tokens, channels = out.shape[0], centers.size
     tile = np.empty((NUM_LANES, -(-tokens // NUM_LANES) * channels + SLACK), np.uint8)
-    bits = _decode_lanes(content, bounds, lengths, table, tokens, channels, tile)
+    bits = decode_lanes(content, bounds, lengths, table, tokens, channels, tile)
     for lane in range(NUM_LANES):
         if bits[lane] > 8 * (bounds[lane + 1] - bounds[lane]):
             return bits
-    _merge(tile, lows, centers, first, out)
+    merge(tile, lows, centers, first, out.shape[1], out, 0)
     return bits
 
 
@@ -187,7 +187,7 @@ def make_table(lengths: Any) -> Any:
 
 
 @njit(nogil=True, cache=True)
-def _decode_lanes(
+def decode_lanes(
     content: Any, bounds: Any, lengths: Any, table: Any, tokens: Any, channels: Any, tile: Any
 ) -> Any:
     """Decode the symbols of `tokens` tokens into `tile`; the bits that each lane took."""
@@ -272,16 +272,18 @@ def _finish(
 
 
 @njit(nogil=True, cache=True)
-def _merge(tile: Any, lows: Any, centers: Any, first: Any, out: Any) -> None:
-    tokens, width = out.shape
-    channels = centers.size
+def merge(
+    tile: Any, lows: Any, centers: Any, first: Any, width: Any, out: Any, column: Any
+) -> None:
+    """Symbols and low bytes of `width` channels from `first` on to values, from `column` on."""
+    tokens, channels = len(out), centers.size
     # Slices of one length: so LLVM makes vectors of it, 30 GB/s.
     center = centers[first : first + width]
     for token in range(tokens):
         start = token // NUM_LANES * channels + first
         row = tile[token % NUM_LANES, start : start + width]
         low = lows[token, first : first + width]
-        target = out[token]
+        target = out[token, column : column + width]
         for channel in range(width):
             high = np.uint8(row[channel] + center[channel])
             rotated = np.uint16(np.uint16(high) << np.uint16(8)) | np.uint16(low[channel])

@@ -1,10 +1,12 @@
 """The kernels of `kvq` in Numba: the bits of reference.py, one core at a time, without the GIL.
 
-Here arrays are made and checked; numba_kvq_numbers.py and numba_kvq_coder.py loop over them.
+Here arrays are made and checked; numba_kvq_numbers.py and numba_kvq_coder.py loop over them, and
+numba_kvq_sections.py does all that decoding takes in one call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,15 +14,19 @@ from numpy.typing import NDArray
 
 from kvd.codecs.kernels import numba_kvq_coder as coder
 from kvd.codecs.kernels import numba_kvq_numbers as loops
+from kvd.codecs.kernels import numba_kvq_sections as sections
 from kvd.codecs.kernels.kvq import (
     LANES,
     STATE_BITS,
     Coded,
     Dither,
+    Place,
     Scales,
+    Tokens,
     Window,
 )
-from kvd.codecs.tables import CLASS_FACTORS, tables
+from kvd.codecs.kernels.numba_kvq_lanes import IS_WIDE
+from kvd.codecs.tables import CLASS_FACTORS, CLASS_RAW, tables
 from kvd.errors import Corrupt
 
 _NO_ROWS = np.empty(0, np.uint32)
@@ -71,19 +77,38 @@ def choose_tables(symbols: NDArray[np.int16], classes: NDArray[np.uint8]) -> NDA
 
 def encode(symbols: NDArray[np.int16], classes: NDArray[np.uint8], ids: NDArray[np.uint8]) -> Coded:
     """`Kernels.encode`."""
-    num_tokens = len(symbols)
-    states = np.full(min(LANES, num_tokens), 1 << STATE_BITS, np.uint64)
+    found = tables()
+    escapes = np.empty(symbols.size, np.int16)
+    num_escapes = coder.escapes(symbols, classes, ids, found.by_class, found.supports, escapes)
+    states, words = (
+        _encoded_wide(symbols, classes, ids) if IS_WIDE else _encoded(symbols, classes, ids)
+    )
+    return Coded(states=states, words=words, escapes=escapes[:num_escapes])
+
+
+def _encoded(
+    symbols: NDArray[np.int16], classes: NDArray[np.uint8], ids: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    """States and words, a lane at a time."""
+    found = tables()
+    states = np.full(min(LANES, len(symbols)), 1 << STATE_BITS, np.uint64)
     # A word a symbol at most, and one that is written in vain.
     words = np.empty(symbols.size + 1, np.uint16)
-    escapes = np.empty(symbols.size, np.int16)
-    found = tables()
     begin = coder.encode(
         symbols, classes, ids, found.by_class, found.spans, found.reciprocals, states, words
     )
-    num_escapes = coder.escapes(symbols, classes, ids, found.by_class, found.supports, escapes)
-    return Coded(
-        states=states.astype(np.uint32), words=words[int(begin) :], escapes=escapes[:num_escapes]
-    )
+    return states.astype(np.uint32), words[int(begin) :]
+
+
+def _encoded_wide(
+    symbols: NDArray[np.int16], classes: NDArray[np.uint8], ids: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    """States and words, all lanes side by side."""
+    found = tables()
+    states = np.full(LANES, 1 << STATE_BITS, np.uint32)
+    words = np.empty(_rounded_up(len(symbols)) * len(ids) + LANES, np.uint16)
+    begin = coder.encode_wide(symbols, classes, ids, found.by_class, found.spans, states, words)
+    return states[: len(symbols)], words[int(begin) :]
 
 
 def decode(
@@ -144,6 +169,94 @@ def restore(
     )
     if raws:
         _copy_raws(raws, section, part, kv)
+
+
+def restore_sections(
+    bitstream: NDArray[np.uint8],
+    places: Sequence[Place],
+    tokens: Tokens,
+    scales: Scales,
+    kv: NDArray[np.uint16],
+) -> int | None:
+    """`SectionKernels.restore_sections`."""
+    job, bitstream = _job(tokens, scales), _frozen(bitstream)
+    numbers = np.array([_numbers_of(place) for place in places], np.int64).reshape(-1, 10)
+    if all(place.basis is None for place in places):
+        answer = int(sections.restore_sections(bitstream, numbers, job, kv))
+        return None if answer < 0 else answer
+    bases = [place.basis for place in places if place.basis is not None]
+    assert len(bases) == len(places)
+    # Memory that has been touched: new pages would cost as much as decoding.
+    room = np.zeros((2, max(map(len, bases)), _rounded_up(tokens.count)), np.float32)
+    for index, basis in enumerate(bases):
+        if not _restore_transformed(bitstream, numbers[index], basis, job, room, kv):
+            return index
+    return None
+
+
+def _restore_transformed(
+    bitstream: NDArray[np.uint8],
+    place: NDArray[np.int64],
+    basis: NDArray[np.float32],
+    job: sections.Job,
+    room: NDArray[np.float32],
+    kv: NDArray[np.uint16],
+) -> bool:
+    """One section with a transform; False where it is corrupt."""
+    # A product of another shape may add in another order: a part has the bits of the whole.
+    numbers, restored = room[:, : len(basis)]
+    classes = np.empty(job.num_tokens, np.uint8)
+    raws = sections.decode_numbers(bitstream, place, job, kv, numbers, classes)
+    if raws < 0:
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.matmul(basis.T, numbers, out=restored)
+    sections.restore_numbers(bitstream, raws, place, job, restored, classes, kv)
+    return True
+
+
+def _job(tokens: Tokens, scales: Scales) -> sections.Job:
+    by, found = scales.rotation, tables()
+    factors = 1 / CLASS_FACTORS
+    factors[CLASS_RAW] = 0
+    turns = np.zeros((2, by.num_pairs, _rounded_up(tokens.count)), np.float32)
+    turns[0, :, : tokens.count], turns[1, :, : tokens.count] = by.cos.T, by.sin.T
+    return sections.Job(
+        num_tokens=tokens.count,
+        num_wanted=tokens.wanted,
+        start=np.uint32(tokens.start & 0xFFFFFFFF),
+        is_dithered=tokens.is_dithered,
+        is_half=scales.is_half,
+        slots=found.slots.reshape(-1),
+        by_class=found.by_class.reshape(-1),
+        factors=factors,
+        means=_frozen(scales.means),
+        steps=_frozen(scales.steps),
+        cos=turns[0],
+        sin=turns[1],
+        pairs=(by.offset, by.stride, by.reach),
+    )
+
+
+def _numbers_of(place: Place) -> tuple[int, ...]:
+    ranges = (
+        place.section.layers,
+        place.section.heads,
+        place.wanted.layers,
+        place.wanted.heads,
+    )
+    return place.offset, place.size, *(end for one in ranges for end in (one.start, one.stop))
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """A view that cannot be written: Numba would compile once more for what can."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _rounded_up(num_tokens: int) -> int:
+    return -(-num_tokens // LANES) * LANES
 
 
 def _copy_raws(

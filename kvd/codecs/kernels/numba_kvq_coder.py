@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 from kvd.codecs.kernels.kvq import LANES, STATE_BITS
+from kvd.codecs.kernels.numba_kvq_lanes import encode_group
 from kvd.codecs.tables import (
     BIAS_SHIFT,
     CLASS_RAW,
@@ -155,6 +156,32 @@ def encode(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def encode_wide(
+    symbols: Any, classes: Any, ids: Any, by_class: Any, spans: Any, states: Any, words: Any
+) -> Any:
+    """As `encode`, 32 lanes at a time; `states` uint32 [LANES], and `words` has room for a symbol
+    of every lane, and LANES more.
+    """
+    num_tokens, num_channels = symbols.shape
+    tile = np.empty(num_channels * LANES, np.int16)
+    lanes = np.empty(LANES, np.uint32)
+    spans, by_class = spans.reshape(-1), by_class.reshape(-1)
+    at = np.uint64(len(words))
+    for first in range((num_tokens - 1) // LANES * LANES, -1, -LANES):
+        num_lanes = min(LANES, num_tokens - first)
+        lanes[:] = np.uint32(CLASS_RAW)
+        if num_lanes < LANES:
+            tile[:] = np.int16(0)
+        for lane in range(num_lanes):
+            lanes[lane] = classes[first + lane]
+            row = symbols[first + lane]
+            for channel in range(num_channels):
+                tile[np.uint64(channel) * np.uint64(LANES) + np.uint64(lane)] = row[channel]
+        at = encode_group(spans, words, at, states, lanes, by_class, ids, tile)
+    return at
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def escapes(symbols: Any, classes: Any, ids: Any, by_class: Any, supports: Any, out: Any) -> int:
     """What the tables do not know, token by token; how many. Reads 2 bytes an element."""
     num_tokens, num_channels = symbols.shape
@@ -280,3 +307,42 @@ def _fill_bases(classes: Any, by_class: Any, size: int, bases: Any) -> None:
     for table in range(NUM_TABLES):
         for lane in range(len(classes)):
             bases[table, lane] = np.uint64(by_class[classes[lane], table]) * np.uint64(size)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def decode_group_by_lane(
+    slots: Any,
+    words: Any,
+    num_words: Any,
+    at: Any,
+    states: Any,
+    classes: Any,
+    by_class: Any,
+    ids: Any,
+    symbols: Any,
+) -> Any:
+    """As numba_kvq_lanes.py has it, for machines without such vectors."""
+    bases = np.empty(LANES, np.uint64)
+    for channel in range(len(ids)):
+        begin = np.uint64(channel) * np.uint64(LANES)
+        table = np.uint64(ids[channel])
+        if table == 0:
+            symbols[begin : begin + np.uint64(LANES)] = np.int16(0)
+            continue
+        for lane in range(LANES):
+            shifted = np.uint64(classes[lane]) * np.uint64(NUM_TABLES) + table
+            bases[lane] = np.uint64(by_class[shifted]) << _TOTAL_BITS
+        for lane in range(LANES):
+            state = np.uint64(states[lane])
+            slot = slots[bases[lane] + (state & _SLOT_MASK)]
+            symbols[begin + np.uint64(lane)] = np.int16(np.int32(slot) >> _SYMBOL_SHIFT)
+            entry = np.uint64(slot)
+            frequency = (entry & _SLOT_MASK) + _ONE
+            state = frequency * (state >> _TOTAL_BITS) + ((entry >> _BIAS_SHIFT) & _SLOT_MASK)
+            word = np.uint64(words[at])
+            is_low = state < _STATE_MIN
+            states[lane] = np.uint32((state << _WORD | word) if is_low else state)
+            at += np.uint64(is_low)
+        if at > num_words:
+            return at
+    return at

@@ -49,7 +49,7 @@ def normalise(
                         bits[index] = element
                     if num_bad:
                         is_finite[token] = False
-                    _widen(is_half, bits, elements)
+                    widen(is_half, bits, elements)
                     if plane == 0:
                         _turn(elements, cos, sin, token, pairs, np.float32(-1))
                     for index in range(dim):
@@ -95,7 +95,7 @@ def restore(
                         elements[index] = scaled + means[layer, plane, head, index]
                     if plane == 0:
                         _turn(elements, cos, sin, token, pairs, np.float32(1))
-                    _narrow(is_half, bits, elements)
+                    narrow(is_half, bits, elements)
                     for index in range(dim):
                         kv[layer, plane, token, head, index] = np.uint16(bits[index])
 
@@ -119,7 +119,7 @@ def _turn(elements: Any, cos: Any, sin: Any, token: int, pairs: Any, direction: 
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _widen(is_half: bool, bits: Any, elements: Any) -> None:
+def widen(is_half: bool, bits: Any, elements: Any) -> None:
     """Elements of 16 bits become float32, in place."""
     if not is_half:
         for index in range(len(bits)):
@@ -133,7 +133,7 @@ def _widen(is_half: bool, bits: Any, elements: Any) -> None:
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _narrow(is_half: bool, bits: Any, elements: Any) -> None:
+def narrow(is_half: bool, bits: Any, elements: Any) -> None:
     """float32 become elements of 16 bits, in place; ties to even."""
     if not is_half:
         for index in range(len(bits)):
@@ -199,7 +199,7 @@ def dequantise(
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def _dither_token(rows: Any, position: Any, out: Any) -> None:
-    seed = _mixed(np.uint32(position * np.uint32(0x9E3779B1)))
+    seed = mixed(np.uint32(position * np.uint32(0x9E3779B1)))
     size = len(out) // len(rows)
     for index in range(len(rows)):
         _fill_offsets(rows[index], seed, out[index * size : (index + 1) * size])
@@ -210,13 +210,14 @@ def _fill_offsets(row: Any, seed: Any, out: Any) -> None:
     """The dither of a token's channels from `row` on."""
     for index in range(len(out)):
         channel = np.uint32(row + np.uint32(index))
-        hashed = _mixed(np.uint32(seed + np.uint32(channel * np.uint32(0x85EBCA77))))
+        hashed = mixed(np.uint32(seed + np.uint32(channel * np.uint32(0x85EBCA77))))
         fraction = np.float32(np.int32(hashed >> np.uint32(8))) * np.float32(2.0**-24)
         out[index] = fraction - np.float32(0.5)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _mixed(number: Any) -> Any:
+def mixed(number: Any) -> Any:
+    """A permutation of 32 bits, as reference.py has it."""
     number = np.uint32(np.uint32(number ^ (number >> np.uint32(16))) * np.uint32(0x7FEB352D))
     number = np.uint32(np.uint32(number ^ (number >> np.uint32(15))) * np.uint32(0x846CA68B))
     return np.uint32(number ^ (number >> np.uint32(16)))

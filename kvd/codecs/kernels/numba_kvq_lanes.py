@@ -1,0 +1,367 @@
+"""The 32 lanes of the coder of `kvq` side by side, in two vectors of AVX-512.
+
+A step of 16 lanes is one gather from the table, one product, one compare; the lanes that want a
+word get the next ones in their order by one expand. What a step waits for is the step before: about
+50 cycles for 32 symbols, where one lane after the other takes 160.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types
+from numba.core import cgutils as untyped_cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+from kvd.codecs.kernels.kvq import LANES, STATE_BITS
+from kvd.codecs.kernels.memory import IS_CHECKED
+from kvd.codecs.tables import (
+    BIAS_SHIFT,
+    CLASS_RAW,
+    FREQUENCY_MASK,
+    NUM_CLASSES,
+    NUM_SYMBOLS,
+    NUM_TABLES,
+    SYMBOL_OFFSET,
+    SYMBOL_SHIFT,
+    TOTAL,
+    TOTAL_BITS,
+)
+
+# Whether what Numba compiles for has vectors of 16 numbers, and expands them.
+IS_WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+
+# Numba's own helpers have no types.
+cgutils: Any = untyped_cgutils
+
+_WIDTH = 16
+# Rows and columns of a block that is turned at once.
+BLOCK = _WIDTH
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_NUMBERS = ir.VectorType(_I32, _WIDTH)
+_FLAGS = ir.VectorType(ir.IntType(1), _WIDTH)
+_SHORTS = ir.VectorType(_I16, _WIDTH)
+_DOUBLES = ir.VectorType(ir.DoubleType(), _WIDTH)
+
+SYMBOLS_BITS = NUM_SYMBOLS.bit_length() - 1
+
+
+def _over_channels(loop: Callable[[_Group, Any], Any]) -> Any:
+    """What Numba needs to put such a loop into its code."""
+
+    def typed(
+        _context: Any,
+        table: Any,
+        words: Any,
+        num_words: Any,
+        at: Any,
+        states: Any,
+        classes: Any,
+        by_class: Any,
+        ids: Any,
+        symbols: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            arrays = [
+                context.make_array(kind)(context, builder, value)
+                if isinstance(kind, types.Array)
+                else value
+                for kind, value in zip(signature.args, arguments, strict=True)
+            ]
+            count = builder.extract_value(arrays[7].shape, 0)
+            found = [getattr(array, "data", array) for array in arrays]
+            return loop(_Group(builder, *found), count)
+
+        number = types.uint64
+        arguments = (table, words, number, number, states, classes, by_class, ids, symbols)
+        return number(*arguments), generate
+
+    return intrinsic(typed)
+
+
+class _Group:
+    """Writes the loops over the channels of a group of 32 tokens; an encoder's goes backward."""
+
+    def __init__(
+        self,
+        builder: Any,
+        table: Any,
+        words: Any,
+        num_words: Any,
+        at: Any,
+        states: Any,
+        classes: Any,
+        by_class: Any,
+        ids: Any,
+        symbols: Any,
+    ) -> None:
+        self._builder = builder
+        self._table, self._words, self._num_words = table, words, num_words
+        self._states, self._by_class, self._ids, self._symbols = states, by_class, ids, symbols
+        self._at = cgutils.alloca_once_value(builder, at)
+        # Vectors in variables: LLVM keeps them in registers.
+        self._lanes = [
+            cgutils.alloca_once_value(builder, self._load(states, half, _NUMBERS))
+            for half in range(2)
+        ]
+        found = [self._load(classes, half, _NUMBERS) for half in range(2)]
+        self._is_class = [
+            [builder.icmp_unsigned("==", numbers, _all(index)) for index in range(1, CLASS_RAW + 1)]
+            for numbers in found
+        ]
+
+    def loop(self, count: Any) -> Any:
+        builder = self._builder
+        with cgutils.for_range(builder, count, intp=_I64) as loop:
+            table = builder.zext(self._entry(self._ids, loop.index), _I64)
+            target = builder.gep(self._symbols, [builder.mul(loop.index, _I64(LANES))])
+            is_coded = builder.icmp_unsigned("!=", table, _I64(0))
+            with builder.if_else(is_coded) as (then, otherwise):
+                with then:
+                    for half in range(2):
+                        self._step(table, half, target)
+                with otherwise:
+                    for half in range(2):
+                        self._store(target, half, ir.Constant(_SHORTS, [0] * _WIDTH))
+            is_over = builder.icmp_unsigned(">", builder.load(self._at), self._num_words)
+            with builder.if_then(is_over, likely=False):
+                loop.do_break()
+        for half in range(2):
+            self._store(self._states, half, builder.load(self._lanes[half]))
+        return builder.load(self._at)
+
+    def _step(self, table: Any, half: int, target: Any) -> None:
+        builder = self._builder
+        state, at = builder.load(self._lanes[half]), builder.load(self._at)
+        slot = builder.and_(state, _all(FREQUENCY_MASK))
+        entry = self._gather(builder.add(self._bases(table, half), slot))
+        symbol = builder.trunc(builder.ashr(entry, _all(SYMBOL_SHIFT)), _SHORTS)
+        self._store(target, half, symbol)
+        frequency = builder.add(builder.and_(entry, _all(FREQUENCY_MASK)), _all(1))
+        bias = builder.and_(builder.lshr(entry, _all(BIAS_SHIFT)), _all(FREQUENCY_MASK))
+        state = builder.add(builder.mul(frequency, builder.lshr(state, _all(TOTAL_BITS))), bias)
+        is_low = builder.icmp_unsigned("<", state, _all(1 << STATE_BITS))
+        found = self._load(builder.gep(self._words, [at]), 0, _SHORTS)
+        taken = self._call(
+            "llvm.x86.avx512.mask.expand.v16i32",
+            _NUMBERS,
+            [builder.zext(found, _NUMBERS), _all(0), is_low],
+        )
+        refilled = builder.or_(builder.shl(state, _all(STATE_BITS)), taken)
+        builder.store(builder.select(is_low, refilled, state), self._lanes[half])
+        num_taken = builder.ctpop(builder.bitcast(is_low, _I16))
+        builder.store(builder.add(at, builder.zext(num_taken, _I64)), self._at)
+
+    def loop_back(self, count: Any) -> Any:
+        """The encoder's."""
+        builder = self._builder
+        with cgutils.for_range_slice(
+            builder, builder.sub(count, _I64(1)), _I64(-1), _I64(-1), intp=_I64, inc=False
+        ) as (channel, _):
+            table = builder.zext(self._entry(self._ids, channel), _I64)
+            source = builder.gep(self._symbols, [builder.mul(channel, _I64(LANES))])
+            with builder.if_then(builder.icmp_unsigned("!=", table, _I64(0))):
+                for half in (1, 0):
+                    self._step_back(table, half, source)
+        for half in range(2):
+            self._store(self._states, half, builder.load(self._lanes[half]))
+        return builder.load(self._at)
+
+    def _step_back(self, table: Any, half: int, source: Any) -> None:
+        builder = self._builder
+        state, at = builder.load(self._lanes[half]), builder.load(self._at)
+        symbol = builder.sext(self._load(source, half, _SHORTS), _NUMBERS)
+        low, high = _all(-SYMBOL_OFFSET), _all(SYMBOL_OFFSET - 1)
+        symbol = builder.select(builder.icmp_signed("<", symbol, low), low, symbol)
+        symbol = builder.select(builder.icmp_signed(">", symbol, high), high, symbol)
+        # Tables of symbols have a quarter of the entries that tables of slots have.
+        bases = builder.lshr(self._bases(table, half), _all(TOTAL_BITS - SYMBOLS_BITS))
+        entry = self._gather(builder.add(bases, builder.add(symbol, _all(SYMBOL_OFFSET))))
+        frequency = builder.add(builder.lshr(entry, _all(STATE_BITS)), _all(1))
+        is_full = builder.icmp_unsigned(">=", builder.lshr(state, _all(32 - TOTAL_BITS)), frequency)
+        self._put(state, is_full, at)
+        state = builder.select(is_full, builder.lshr(state, _all(STATE_BITS)), state)
+        # 53 bits hold a quotient of 32 by 11 exactly enough: it is never rounded up to a number.
+        quotient = builder.fptoui(
+            builder.fdiv(builder.uitofp(state, _DOUBLES), builder.uitofp(frequency, _DOUBLES)),
+            _NUMBERS,
+        )
+        rest = builder.sub(state, builder.mul(quotient, frequency))
+        start = builder.and_(entry, _all((1 << STATE_BITS) - 1))
+        state = builder.add(builder.shl(quotient, _all(TOTAL_BITS)), builder.add(rest, start))
+        builder.store(state, self._lanes[half])
+
+    def _put(self, state: Any, is_full: Any, at: Any) -> None:
+        """The low words of full states before `at`, the first lane's first. What stands before them
+        is written in vain.
+        """
+        builder = self._builder
+        backward = ir.Constant(_NUMBERS, list(range(_WIDTH - 1, -1, -1)))
+        order = builder.bitcast(is_full, _I16)
+        reverse = builder.bitcast(builder.bitreverse(order), _FLAGS)
+        packed = self._call(
+            "llvm.x86.avx512.mask.compress.v16i32",
+            _NUMBERS,
+            [builder.shuffle_vector(state, state, backward), _all(0), reverse],
+        )
+        found = builder.trunc(builder.shuffle_vector(packed, packed, backward), _SHORTS)
+        self._store(builder.gep(self._words, [builder.sub(at, _I64(_WIDTH))]), 0, found)
+        count = builder.zext(builder.ctpop(order), _I64)
+        builder.store(builder.sub(at, count), self._at)
+
+    def _bases(self, table: Any, half: int) -> Any:
+        """Where each lane's table begins: its class shifts it."""
+        builder = self._builder
+        bases = self._base(table, 0)
+        for index, is_class in enumerate(self._is_class[half], start=1):
+            bases = builder.select(is_class, self._base(table, index), bases)
+        return bases
+
+    def _base(self, table: Any, index: int) -> Any:
+        builder = self._builder
+        found = self._entry(self._by_class, builder.add(table, _I64(index * NUM_TABLES)))
+        number = builder.shl(builder.zext(found, _I32), _I32(TOTAL_BITS))
+        single = builder.insert_element(ir.Constant(_NUMBERS, ir.Undefined), number, _I32(0))
+        return builder.shuffle_vector(single, single, ir.Constant(_NUMBERS, [0] * _WIDTH))
+
+    def _gather(self, indices: Any) -> Any:
+        table = self._builder.bitcast(self._table, ir.IntType(8).as_pointer())
+        flags = ir.Constant(_FLAGS, [1] * _WIDTH)
+        return self._call(
+            "llvm.x86.avx512.mask.gather.dpi.512",
+            _NUMBERS,
+            [ir.Constant(_NUMBERS, ir.Undefined), table, indices, flags, _I32(4)],
+        )
+
+    def _call(self, name: str, result: Any, arguments: list[Any]) -> Any:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = cgutils.get_or_insert_function(self._builder.module, kind, name)
+        return self._builder.call(function, arguments)
+
+    def _entry(self, array: Any, index: Any) -> Any:
+        return self._builder.load(self._builder.gep(array, [index]))
+
+    def _load(self, array: Any, half: int, kind: Any) -> Any:
+        value = self._builder.load(self._at_half(array, half, kind))
+        value.align = kind.element.width // 8
+        return value
+
+    def _store(self, array: Any, half: int, value: Any) -> None:
+        target = self._at_half(array, half, value.type)
+        self._builder.store(value, target).align = value.type.element.width // 8
+
+    def _at_half(self, array: Any, half: int, kind: Any) -> Any:
+        address = self._builder.gep(array, [_I64(half * _WIDTH)])
+        return self._builder.bitcast(address, kind.as_pointer())
+
+
+def _all(number: int) -> Any:
+    return ir.Constant(_NUMBERS, [number] * _WIDTH)
+
+
+_decode = _over_channels(_Group.loop)
+_encode = _over_channels(_Group.loop_back)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def decode_group(
+    slots: Any,
+    words: Any,
+    num_words: Any,
+    at: Any,
+    states: Any,
+    classes: Any,
+    by_class: Any,
+    ids: Any,
+    symbols: Any,
+) -> Any:
+    """One group, from word `at` of `num_words` on; where the next word is. `slots` uint32 [tables *
+    TOTAL], `words` uint16, LANES more than count, `states` and `classes` uint32 [LANES], `by_class`
+    uint8 [classes * tables], `ids` uint8 [channels], `symbols` int16 [channels * LANES]. It ends
+    behind the channel that asks for more words than there are.
+    """
+    if IS_CHECKED:
+        _ = slots[NUM_TABLES * TOTAL - 1] + states[LANES - 1] + classes[LANES - 1]
+        _ = words[num_words + np.uint64(LANES - 1)] + symbols[len(ids) * LANES - 1]
+        _ = by_class[NUM_CLASSES * NUM_TABLES - 1] + words[at]
+    return _decode(slots, words, num_words, at, states, classes, by_class, ids, symbols)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def encode_group(
+    spans: Any,
+    words: Any,
+    at: Any,
+    states: Any,
+    classes: Any,
+    by_class: Any,
+    ids: Any,
+    symbols: Any,
+) -> Any:
+    """The inverse: writes words before `at`, and up to 16 more before them; where they begin.
+    `spans` uint32 [tables * symbols].
+    """
+    if IS_CHECKED:
+        assert at >= len(ids) * LANES + BLOCK
+        _ = spans[NUM_TABLES * NUM_SYMBOLS - 1] + states[LANES - 1] + classes[LANES - 1]
+        _ = words[at - np.uint64(1)] + symbols[len(ids) * LANES - 1]
+        _ = by_class[NUM_CLASSES * NUM_TABLES - 1]
+    return _encode(spans, words, np.uint64(0), at, states, classes, by_class, ids, symbols)
+
+
+@intrinsic
+def _transpose_unchecked(
+    _context: Any, source: Any, at: Any, target: Any, offset: Any, stride: Any
+) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target = (
+            context.make_array(signature.args[index])(context, builder, arguments[index]).data
+            for index in (0, 2)
+        )
+        _write_turned(builder, source, arguments[1], target, arguments[3], arguments[4])
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, target, types.int64, types.int64), generate
+
+
+_transpose: Any = _transpose_unchecked
+
+
+def _write_turned(
+    builder: Any, source: Any, at: Any, target: Any, offset: Any, stride: Any
+) -> None:
+    """Four rounds in which the two halves of all rows are interleaved."""
+    rows = []
+    for row in range(BLOCK):
+        place = builder.gep(source, [builder.add(at, _I64(row * LANES))])
+        rows.append(builder.load(builder.bitcast(place, _NUMBERS.as_pointer())))
+        rows[-1].align = 4
+    orders = [
+        ir.Constant(_NUMBERS, [first + index // 2 + BLOCK * (index % 2) for index in range(BLOCK)])
+        for first in (0, BLOCK // 2)
+    ]
+    for _ in range(BLOCK.bit_length() - 1):
+        rows = [
+            builder.shuffle_vector(one, other, order)
+            for one, other in zip(rows[: BLOCK // 2], rows[BLOCK // 2 :], strict=True)
+            for order in orders
+        ]
+    for index, row in enumerate(rows):
+        moved = builder.add(offset, builder.mul(stride, _I64(index)))
+        place = builder.bitcast(builder.gep(target, [moved]), _NUMBERS.as_pointer())
+        builder.store(row, place).align = 2
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def transpose(source: Any, at: int, target: Any, offset: int, stride: int) -> None:
+    """16 x 16 pairs of elements: of `source`, uint32 [.., LANES] flat, from `at` on, the columns to
+    `target`, uint16 flat: from `offset` on, each `stride` further.
+    """
+    if IS_CHECKED:
+        _ = source[at] + source[at + (BLOCK - 1) * LANES + BLOCK - 1]
+        _ = target[offset] + target[offset + (BLOCK - 1) * stride + 2 * BLOCK - 1]
+    _transpose(source, at, target, offset, stride)
