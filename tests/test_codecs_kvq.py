@@ -43,7 +43,7 @@ from kvd.codecs.tables import (
 from kvd.errors import Corrupt, InvalidRequest, Unsupported
 from kvd.layout import KVLayout
 from tests.codec_chunks import bell, encoded, layout_of, noise, numbers_of, real_chunk, stored
-from tests.codec_data import Book, OneProfile, load_profile
+from tests.codec_data import Book, OneProfile, as_dtype, load_profile
 from tests.contracts.codec import ContainedCodecContract
 
 FIXTURES = Path(__file__).parent / "fixtures" / "bitstreams"
@@ -477,14 +477,43 @@ def test_costs_are_logarithms() -> None:
 # What is refused.
 
 
-def test_only_floats_of_16_bits_are_kept() -> None:
-    layout = layout_of(1, 2, 1, 64, dtype="float32")
+def test_float32_is_kept_as_the_bfloat16_next_to_it() -> None:
+    narrow = layout_of(2, 2, 2, 64)
+    wide = as_dtype(narrow, "float32")
+    chunk = real_chunk(narrow, 40)
+    numbers = (chunk.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    # Beside a bfloat16 by less than half of its last bit, and not finite in a token.
+    numbers = (numbers * np.float32(1 + 2**-11)).reshape(wide.shape(40))
+    numbers[0, 0, 9, 0, :2] = np.inf, np.nan
+    book = Book()
+    codec, span = Kvq("none", book), Span(start=0, num_tokens=40)
+    bitstream = encoded(codec, numbers.reshape(-1).view(np.uint8).copy(), wide)
+    out = np.full(numbers.shape, 7.1, np.float32)
+    part = Part(layer_start=1, head_end=1, token_end=13)
+    codec.decode(bitstream, wide, span, out.reshape(-1).view(np.uint8), part)
+    found = out[1, :, :13, :1].copy()
+    out[1, :, :13, :1] = 7.1
+    assert (out == np.float32(7.1)).all(), "more than the part was written"
+    codec.decode(bitstream, wide, span, out.reshape(-1).view(np.uint8))
+    assert np.array_equal(found, out[1, :, :13, :1])
+    assert not (out.view(np.uint32) & 0xFFFF).any()
+    assert (out[0, 0, 9, 0, 0], np.isnan(out[0, 0, 9, 0, 1])) == (np.inf, True)
+    exact = np.zeros(narrow.shape(40), np.uint16)
+    rounded = chunk.view(np.uint16).reshape(narrow.shape(40)).copy()
+    rounded[0, 0, 9, 0, :2] = 0x7F80, 0x7FC0
+    stream = encoded(codec, rounded.reshape(-1).view(np.uint8), narrow)
+    codec.decode(stream, narrow, span, exact.reshape(-1).view(np.uint8))
+    assert np.array_equal(out.view(np.uint32) >> 16, exact)
+
+
+def test_only_floats_are_kept() -> None:
+    layout = layout_of(1, 2, 1, 64, dtype="uint8")
     codec = Kvq("none", Book())
     chunk = np.zeros(layout.size(2), np.uint8)
     out = np.zeros(2 * codec.size_bytes_max(layout, 2), np.uint8)
-    with pytest.raises(Unsupported, match="float32"):
+    with pytest.raises(Unsupported, match="not uint8"):
         codec.encode(chunk, layout, Span(start=0, num_tokens=2), out)
-    with pytest.raises(Unsupported, match="float32"):
+    with pytest.raises(Unsupported, match="not uint8"):
         codec.decode(out, layout, Span(start=0, num_tokens=2), chunk)
 
 

@@ -42,7 +42,8 @@ NAME = "kvq/1"
 # Positions that every token attends to: an error there is an error everywhere.
 NUM_SINKS = 4
 
-_DTYPES = ("bfloat16", "float16")
+# float32 is rounded to bfloat16 first, and coded as that.
+_DTYPES = ("bfloat16", "float16", "float32")
 
 
 class ProfileBook(Protocol):
@@ -139,7 +140,9 @@ class Kvq:
                 lambda section: self._decode_section(section, plan, part, chunk), sections
             ):
                 pass
-        if is_copy:
+        if layout.dtype == "float32":
+            _widen_into(out, chunk, layout, span, part)
+        elif is_copy:
             out[:] = chunk.reshape(-1).view(np.uint8)
 
     def _decode_together(
@@ -270,9 +273,32 @@ def _elements(kv: Bytes, layout: KVLayout, span: Span) -> tuple[NDArray[np.uint1
     size = layout.size(span.num_tokens)
     if span.num_tokens < 1 or kv.size != size:
         raise InvalidRequest(f"{size} bytes of {span.num_tokens} tokens expected, found {kv.size}")
+    if layout.dtype == "float32":
+        bits = (kv.copy() if kv.ctypes.data % layout.itemsize else kv).view(np.uint32)
+        return _to_bfloat16(bits).reshape(layout.shape(span.num_tokens)), True
     is_copy = kv.ctypes.data % layout.itemsize != 0
     elements = (kv.copy() if is_copy else kv).view(np.uint16)
     return elements.reshape(layout.shape(span.num_tokens)), is_copy
+
+
+def _to_bfloat16(bits: NDArray[np.uint32]) -> NDArray[np.uint16]:
+    """float32 to the nearest bfloat16, ties to even; infinities and NaNs stay what they are."""
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return (np.where(is_nan, bits | np.uint32(0x00400000), rounded) >> 16).astype(np.uint16)
+
+
+def _widen_into(
+    out: Bytes, chunk: NDArray[np.uint16], layout: KVLayout, span: Span, part: Part
+) -> None:
+    """Put the wanted part of a bfloat16 chunk into a float32 one; the rest stays as it is."""
+    layers, heads, num_tokens = part.within(layout, span.num_tokens)
+    place = (_slice(layers), slice(None), slice(num_tokens), _slice(heads))
+    is_copy = out.ctypes.data % layout.itemsize != 0
+    whole = (out.copy() if is_copy else out).view(np.uint32)
+    whole.reshape(layout.shape(span.num_tokens))[place] = chunk[place].astype(np.uint32) << 16
+    if is_copy:
+        out[:] = whole.view(np.uint8)
 
 
 def _verbatim(chunk: NDArray[np.uint16], window: Window) -> Content:
