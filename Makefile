@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Idle OpenMP threads that spin take the cores from the daemon and from each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo test check bench proto clean
+.PHONY: help demo test test-triton check bench proto clean
 
 help:
 	@echo "make demo    a real model answers faster because its KV came from kvd (first run: minutes)"
 	@echo "make test    all tests"
+	@echo "make test-triton  the GPU kernels in Triton's interpreter (700 MB of triton, minutes)"
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   benchmarks/local.py"
 	@echo "make proto   kvd/proto/kvd.proto -> Python"
@@ -36,6 +37,10 @@ demo: $(VENV)/demo
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+test-triton: $(VENV)/dev
+	$(PIP) --constraint constraints.txt triton
+	$(BIN)/python -m pytest tests/test_codecs_triton.py $(TEST_FLAGS)
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .

@@ -219,7 +219,7 @@ def _keep_products_to_one_thread() -> None:
     # Chunks are coded side by side: products that spread over all cores stand in each other's way
     # (decoding with a transform on a busy machine: 0.08 GB/s instead of 0.22).
     with suppress(ImportError):
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         threadpool_limits(1, user_api="blas")
 
