@@ -66,12 +66,28 @@ def test_the_protocol_example_is_right() -> None:
     assert request == pb.Request(id=5, lookup=pb.LookupRequest(keys=b"\x11" * 32))
     response = pb.Response.FromString(hex_after(block, "response"))
     assert response == pb.Response(id=5, lookup=pb.LookupReply(count=1))
+    key = b"\x11" * 32
+    pin = pb.PinRequest(keys=key, layout=key, is_exact=True, codecs=["kvq/1"])
+    assert pb.Request.FromString(hex_after(block, "pin")) == pb.Request(id=6, pin=pin)
+    reply = pb.PinReply(
+        lease=1,
+        deadline_ns=1000,
+        offsets=[4096],
+        sizes=[300],
+        num_tokens=[256],
+        ready=[300],
+        codecs=["kvq/1"],
+        starts=[512],
+    )
+    assert pb.Response.FromString(hex_after(block, "lease")) == pb.Response(id=6, pin=reply)
 
 
 def test_the_protocol_page_names_the_real_limits() -> None:
     text = (DOCS / "formats" / "protocol.md").read_text()
     for number in (limits.MESSAGE_SIZE_MAX, limits.KEYS_MAX, limits.CLEAR_LIMIT_MAX):
         assert f"{number:,}" in text
+    assert f"names | {limits.CODECS_MAX} |" in text
+    assert f"1 to {limits.CODEC_SIZE_MAX} letters" in text
     assert f"version {limits.PROTOCOL_VERSION}" in text
     verbs = [field.name for field in pb.Request.DESCRIPTOR.oneofs_by_name["verb"].fields]
     table = text.split("## Verbs", 1)[1].split("##")[0]

@@ -21,7 +21,13 @@ from kvd.daemon.store import ChunkStore
 from kvd.keys import chain_keys, join_keys
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.convert import layout_from_message, layout_to_message
-from kvd.proto.limits import DATA_SIZE_MAX, KEYS_MAX, MESSAGE_SIZE_MAX, PROTOCOL_VERSION
+from kvd.proto.limits import (
+    CODEC_SIZE_MAX,
+    DATA_SIZE_MAX,
+    KEYS_MAX,
+    MESSAGE_SIZE_MAX,
+    PROTOCOL_VERSION,
+)
 from tests.test_store import LAYOUT, new_store
 
 CORPUS = Path(__file__).parent / "fixtures" / "corpus"
@@ -78,11 +84,18 @@ def valid_requests() -> list[bytes]:
         {"declare": pb.DeclareRequest(layout=layout_to_message(LAYOUT))},
         {"lookup": pb.LookupRequest(keys=keys)},
         {"lookup": pb.LookupRequest(keys=keys, standalone=True)},
+        {"lookup": pb.LookupRequest(keys=keys, is_exact=True, codecs=["kvq/1"])},
         {"reserve": reserve(KEYS[2:], parent=KEYS[1], start=32, category="chat", prefill_us=9)},
         {"reserve": reserve(KEYS, parent=b"", standalone=True)},
+        {"reserve": reserve(KEYS, is_approximate=True)},
         {"commit": pb.CommitRequest(lease=1, checksums=[1, 2])},
         {"pin": pb.PinRequest(keys=keys, layout=LAYOUT.fingerprint, lease_ns=5)},
         {"pin": pb.PinRequest(keys=keys, layout=LAYOUT.fingerprint, standalone=True)},
+        {
+            "pin": pb.PinRequest(
+                keys=keys, layout=LAYOUT.fingerprint, is_exact=True, codecs=["kvq/1", "bf16/1"]
+            )
+        },
         {"renew": pb.RenewRequest(lease=1, lease_ns=5)},
         {"release": pb.ReleaseRequest(lease=1)},
         {"write": pb.WriteRequest(lease=1, index=0, offset=0, data=b"abc")},
@@ -172,10 +185,15 @@ key_bytes = st.sampled_from(
         bytes(64),
     ]
 )
+codec_names = st.lists(st.sampled_from(["kvq/1", "raw", "", "x" * 17, "é"]), max_size=18)
 hostile = st.one_of(
-    st.builds(pb.LookupRequest, keys=key_bytes, standalone=st.booleans()).map(
-        lambda m: {"lookup": m}
-    ),
+    st.builds(
+        pb.LookupRequest,
+        keys=key_bytes,
+        standalone=st.booleans(),
+        is_exact=st.booleans(),
+        codecs=codec_names,
+    ).map(lambda m: {"lookup": m}),
     st.builds(
         pb.ReserveRequest,
         layout=key_bytes,
@@ -187,12 +205,19 @@ hostile = st.one_of(
         category=st.text(max_size=80),
         prefill_us=small,
         lease_ns=numbers,
+        is_approximate=st.booleans(),
     ).map(lambda m: {"reserve": m}),
     st.builds(pb.CommitRequest, lease=numbers, checksums=st.lists(numbers, max_size=3)).map(
         lambda m: {"commit": m}
     ),
     st.builds(
-        pb.PinRequest, keys=key_bytes, layout=key_bytes, standalone=st.booleans(), lease_ns=numbers
+        pb.PinRequest,
+        keys=key_bytes,
+        layout=key_bytes,
+        standalone=st.booleans(),
+        lease_ns=numbers,
+        is_exact=st.booleans(),
+        codecs=codec_names,
     ).map(lambda m: {"pin": m}),
     st.builds(pb.RenewRequest, lease=numbers, lease_ns=numbers).map(lambda m: {"renew": m}),
     st.builds(pb.ReleaseRequest, lease=numbers).map(lambda m: {"release": m}),
@@ -488,3 +513,21 @@ def test_an_audit_that_finds_a_breach_says_so() -> None:
     assert store.tier.allocate(4096) is not None
     response = ask(session, status=pb.StatusRequest(audit=True))
     assert "an extent is leaked" in response.error.message
+
+
+def test_the_longest_answer_to_a_pin_fits_a_packet() -> None:
+    """Arenas of terabytes, chunks of gigabytes, and the longest names of codecs."""
+    reply = pb.PinReply(
+        lease=2**63,
+        deadline_ns=2**63,
+        offsets=[2**42] * KEYS_MAX,
+        sizes=[2**32] * KEYS_MAX,
+        num_tokens=[2**14] * KEYS_MAX,
+        checksums=[2**63] * KEYS_MAX,
+        present=bytes(KEYS_MAX),
+        ready=[2**32] * KEYS_MAX,
+        is_approximate=bytes(KEYS_MAX),
+        codecs=["x" * CODEC_SIZE_MAX] * KEYS_MAX,
+        starts=[2**28] * KEYS_MAX,
+    )
+    assert len(pb.Response(id=2**63, pin=reply).SerializeToString()) < MESSAGE_SIZE_MAX

@@ -16,26 +16,33 @@ from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvd.codecs.base import Span
+from kvd.codecs.registry import decode_any
 from kvd.daemon.directory import Entry
-from kvd.daemon.leases import ReadLease
+from kvd.daemon.leases import Loan, ReadLease, Terms
 from kvd.keys import ChunkKey
+from tests.crash_client import pattern
 from tests.file_faults import flip
 from tests.tier_harness import (
+    LAYOUT,
     MEMORY_SIZE,
     PATIENCE_S,
+    ROOT,
     SEGMENT_SIZE,
     IndexFile,
     Node,
+    S,
     end_loop,
     keys_of,
     quick,
 )
-from tests.toy_codec import toy_codecs
+from tests.toy_codec import MASK, toy_codecs
 
 T = TypeVar("T")
 
@@ -84,6 +91,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.forgotten: set[ChunkKey] = set()
         self.held: set[ChunkKey] = set()
         self.leases: list[tuple[ReadLease, list[Entry]]] = []
+        self.lent: list[ReadLease] = []
         self.num_fresh = 4
         self.do(self.node.open())
 
@@ -140,6 +148,65 @@ class TiersMachine(RuleBasedStateMachine):
             # It may be damaged, lost and stored anew by now.
             key = [entry.meta.key]
             self.assert_read(key[:is_good], key[is_good:], self.ever_damaged)
+        self.node.store.release(lease.id)
+
+    @rule(path=PATHS, standalone=st.booleans())
+    def read_exact(self, path: list[int], standalone: bool) -> None:
+        """What a lookup promises is there, and bit for bit what was stored."""
+        keys = keys_of(path)
+        store, terms = self.node.store, Terms(is_exact=True)
+        told = sum(store.present(keys, terms=terms))
+        if not standalone:
+            told = store.lookup(keys, terms=terms)
+        full = store.counters["promote_full"]
+        lease, found = store.pin(
+            keys, ROOT, standalone=standalone, lease_ns=S, now_ns=self.node.now_ns, terms=terms
+        )
+        assert sum(found) == told or store.counters["promote_full"] > full
+        for entry in lease.entries if lease is not None else ():
+            key, size = entry.meta.key, LAYOUT.size(entry.meta.num_tokens)
+            is_good = self.do(self.node.arrived(entry))
+            self.assert_read([key][:is_good], [key][is_good:])
+            view = store.tier.view(store.extent_of(entry)) if is_good else None
+            assert view is None or np.array_equal(view, pattern(key, size)), "it is not exact"
+        if lease is not None:
+            store.release(lease.id)
+
+    @rule(path=PATHS, standalone=st.booleans(), is_exact=st.booleans())
+    def borrow(self, path: list[int], standalone: bool, is_exact: bool) -> None:
+        """Pin what is encoded as the bitstream; read it later, or never."""
+        terms = Terms(is_exact=is_exact, codecs=frozenset({"toy/1", "toy-lossy/1"}))
+        lease, _ = self.node.store.pin(
+            keys_of(path),
+            ROOT,
+            standalone=standalone,
+            lease_ns=S,
+            now_ns=self.node.now_ns,
+            terms=terms,
+        )
+        if lease is not None:
+            self.lent.append(lease)
+        if len(self.lent) > 2:
+            self.give_back()
+
+    @rule()
+    def give_back(self) -> None:
+        """Whatever has become of the chunk and its copies, the bitstream is the chunk's."""
+        if not self.lent:
+            return
+        lease = self.lent.pop(0)
+        for loan in lease.loans.values():
+            key, meta = loan.entry.meta.key, loan.entry.meta
+            is_packed = loan.copy.extent.tier == "packed"
+            if not self.do(_landed(loan)):
+                # Packed memory may have had no room for it any more.
+                self.assert_read([], [] if is_packed else [key], self.ever_damaged)
+                continue
+            out = np.empty(LAYOUT.size(meta.num_tokens), np.uint8)
+            span = Span(start=meta.start, num_tokens=meta.num_tokens)
+            decode_any(self.node.store.tier.view(loan.extent), LAYOUT, span, out)
+            expected = pattern(key, out.size)
+            assert np.array_equal(out, expected if loan.copy.is_exact else expected & MASK)
         self.node.store.release(lease.id)
 
     @rule(paths=st.lists(PATHS, min_size=2, max_size=5), cleared=PATHS)
@@ -355,6 +422,8 @@ class TiersMachine(RuleBasedStateMachine):
     def release_all(self) -> None:
         while self.leases:
             self.release()
+        while self.lent:
+            self.give_back()
 
     def flip_record(self, entry: Entry, where: int, is_header: bool) -> None:
         path, offset, size = self.node.record_of(entry)
@@ -373,6 +442,7 @@ class TiersMachine(RuleBasedStateMachine):
 
     def reopened(self) -> None:
         self.leases.clear()
+        self.lent.clear()
         self.held.clear()
         self.do(self.node.open())
         listed = self.listed
@@ -399,6 +469,17 @@ class TiersMachine(RuleBasedStateMachine):
 
 def _key(entry: Entry) -> ChunkKey:
     return entry.meta.key
+
+
+async def _landed(loan: Loan) -> bool:
+    """Whether a bitstream came, when it has come or will not."""
+    while loan.state == "coming":
+        progress = asyncio.Event()
+        loan.watch(progress.set)
+        if loan.state == "coming":
+            async with asyncio.timeout(PATIENCE_S):
+                await progress.wait()
+    return loan.state == "here"
 
 
 class RoomyMachine(TiersMachine):

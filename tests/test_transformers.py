@@ -34,6 +34,7 @@ from kvd.client.connectors.transformers_call import bypass_reason
 from kvd.client.connectors.transformers_model import STATIC_ROPE, extend, weights_digest
 from kvd.client.lease import Lease
 from kvd.errors import InvalidRequest, KvdError, Unsupported
+from kvd.keys import ChunkKey
 
 CHUNK = 16
 PROMPT_TOKENS = 5 * CHUNK + 7
@@ -318,6 +319,55 @@ def test_the_next_turn_reuses_chunks_that_were_generated(llama: Any, client: kvd
         assert connector.flush()
         assert torch.equal(greedy(llama, second), plain)
         assert connector.stats.reused_tokens == CHUNK
+
+
+def begin_approximate(client: kvd.Client, layout: kvd.KVLayout, keys: list[ChunkKey]) -> None:
+    """Of a prompt that is stored, leave the first chunk, and call that approximate."""
+    with client.pin(layout, keys[:1]) as lease:
+        chunk = lease.array(0).copy()
+    client.clear()
+    assert client.store(layout, keys[:1], [chunk], exact=False) == ["granted"]
+
+
+def test_what_is_computed_on_approximate_kv_is_stored_as_approximate(
+    llama: Any, client: kvd.Client
+) -> None:
+    with attach(llama, client) as connector:
+        answer = greedy(llama, prompt())
+        assert connector.flush()
+        layout = connector.layout
+        keys = kvd.chain_keys(layout.fingerprint, answer[0, :-1].numpy(), chunk_tokens=CHUNK)
+        assert len(keys) == 6
+        with client.pin(layout, keys) as lease:
+            assert len(lease) == 6
+            assert lease.all_exact
+        begin_approximate(client, layout, keys)
+        assert torch.equal(greedy(llama, prompt()), answer)
+        assert connector.stats.reused_tokens == CHUNK
+        assert connector.flush()
+        # Those of the prompt, and the one that generated tokens have completed.
+        with client.pin(layout, keys) as lease:
+            assert [lease.is_exact(index) for index in range(len(lease))] == [False] * 6
+
+
+def test_exact_only_computes_what_is_approximate(llama: Any, client: kvd.Client) -> None:
+    with attach(llama, client) as connector:
+        cold = logits(llama, prompt())
+        assert connector.flush()
+        layout = connector.layout
+    with attach(llama, client, exact_only=True) as connector:
+        assert torch.equal(logits(llama, prompt()), cold)
+        assert connector.stats.reused_tokens == 5 * CHUNK
+        tokens = prompt()["input_ids"][0].numpy()
+        keys = kvd.chain_keys(layout.fingerprint, tokens, chunk_tokens=CHUNK)
+        begin_approximate(client, layout, keys)
+        assert torch.equal(logits(llama, prompt()), cold)
+        assert connector.stats.reused_tokens == 5 * CHUNK
+        assert connector.flush()
+        # What was computed has taken the place of what was approximate.
+        assert client.lookup(keys, exact=True) == 5
+        assert torch.equal(logits(llama, prompt()), cold)
+        assert connector.stats.reused_tokens == 10 * CHUNK
 
 
 def test_chunks_are_stored_with_their_place_and_category(llama: Any, client: kvd.Client) -> None:

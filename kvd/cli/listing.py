@@ -31,6 +31,7 @@ CHUNK_HEADERS = (
     "category",
     "tier",
     "codec",
+    "exact",
     "model",
 )
 
@@ -104,6 +105,7 @@ def chunk_row(
         chunk.category,
         chunk.tier,
         chunk.codec,
+        "yes" if chunk.is_exact else "no",
         layouts[chunk.layout].model if chunk.layout in layouts else "",
     )
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
@@ -30,6 +30,9 @@ from kvd.proto import kvd_pb2 as pb
 from kvd.proto.address import default_socket
 from kvd.proto.convert import layout_to_message
 from kvd.proto.limits import KEYS_MAX, WAIT_NS_MAX
+
+if TYPE_CHECKING:
+    from kvd.codecs.kvq import ProfileBook
 
 TIMEOUT_S_DEFAULT = 5.0
 LEASE_S_DEFAULT = 30.0
@@ -100,17 +103,25 @@ class Client:
         return self._connection.instance
 
     def lookup(
-        self, keys: Sequence[ChunkKey], *, standalone: bool = False, timeout_s: float | None = None
+        self,
+        keys: Sequence[ChunkKey],
+        *,
+        standalone: bool = False,
+        exact: bool = False,
+        codecs: Sequence[str] = (),
+        timeout_s: float | None = None,
     ) -> int:
         """How many of the first `keys`, a chain in order, the daemon has; with `standalone`, how
-        many of all.
+        many of all. `exact` and `codecs` are those of the `pin` that will follow.
 
         A moment later it may be fewer: what counts is what `pin` returns.
         """
         found = 0
         for start in range(0, len(keys), KEYS_MAX):
             part = keys[start : start + KEYS_MAX]
-            message = pb.LookupRequest(keys=join_keys(part), standalone=standalone)
+            message = pb.LookupRequest(
+                keys=join_keys(part), standalone=standalone, is_exact=exact, codecs=codecs
+            )
             count = self._call(pb.Request(lookup=message), timeout_s).lookup.count
             found += count
             if count < len(part) and not standalone:
@@ -118,11 +129,16 @@ class Client:
         return found
 
     def lookup_tokens(
-        self, layout: KVLayout, tokens: ArrayLike, *, timeout_s: float | None = None
+        self,
+        layout: KVLayout,
+        tokens: ArrayLike,
+        *,
+        exact: bool = False,
+        timeout_s: float | None = None,
     ) -> int:
         """How many of the first `tokens` the daemon has KV for, in whole chunks."""
         keys = chain_keys(layout.fingerprint, tokens, chunk_tokens=layout.chunk_tokens)
-        return self.lookup(keys, timeout_s=timeout_s) * layout.chunk_tokens
+        return self.lookup(keys, exact=exact, timeout_s=timeout_s) * layout.chunk_tokens
 
     def pin(
         self,
@@ -130,6 +146,8 @@ class Client:
         keys: Sequence[ChunkKey],
         *,
         standalone: bool = False,
+        exact: bool = False,
+        codecs: Sequence[str] = (),
         wait: bool = True,
         wait_s: float = WAIT_S_DEFAULT,
         lease_s: float = LEASE_S_DEFAULT,
@@ -137,6 +155,11 @@ class Client:
     ) -> Lease:
         """Pin the leading `keys` that are there, or with `standalone` each that is; may be none:
         `len(lease)`.
+
+        With `exact`, a chunk of which there is only approximate KV (what a lossy codec gave back,
+        or what was computed on top of such) counts as not there. `codecs` names those whose
+        bitstreams this client decodes itself, like "kvq/1": a chunk that the daemon would have to
+        decode from one of them comes as the bitstream, see `Lease.codec`.
 
         With `wait`, chunks on disk are in memory when this returns, and those that could not be
         read right are left out. Without, the lease is there at once, and each chunk is waited for
@@ -150,6 +173,8 @@ class Client:
             standalone=standalone,
             lease_ns=_lease_ns(lease_s),
             wait_ns=self._wait_ns(wait_s, timeout_s),
+            is_exact=exact,
+            codecs=codecs,
         )
         response, connection = self._call_on(pb.Request(pin=message), timeout_s)
         reply = response.pin
@@ -176,6 +201,7 @@ class Client:
         standalone: bool = False,
         category: str = "",
         prefill_us: int = 0,
+        exact: bool = True,
         wait_s: float = WAIT_S_DEFAULT,
         lease_s: float = LEASE_S_DEFAULT,
         timeout_s: float | None = None,
@@ -183,7 +209,9 @@ class Client:
         """Extents for those of `keys` that nobody has stored or is storing.
 
         The chunks follow each other behind `parent` (default: they begin the prompt); `num_tokens`
-        defaults to whole chunks; `start` is the position of the first token. Where a disk cannot
+        defaults to whole chunks; `start` is the position of the first token. With `exact=False` the
+        chunks are known as approximate from the start: say so of KV that was computed on top of
+        chunks whose `Lease.is_exact` is False. Where a disk cannot
         follow what is stored, the daemon waits for it up to `wait_s`, then drops the coldest chunks
         instead; 0 never waits. At most 2048 keys a call.
         """
@@ -203,6 +231,7 @@ class Client:
             prefill_us=prefill_us,
             lease_ns=_lease_ns(lease_s),
             wait_ns=self._wait_ns(wait_s, timeout_s),
+            is_approximate=not exact,
         )
         response, connection = self._call_on(pb.Request(reserve=message), timeout_s, declare=layout)
         return Reservation(
@@ -234,17 +263,23 @@ class Client:
         return reservation.states
 
     def load(
-        self, layout: KVLayout, keys: Sequence[ChunkKey], outs: Sequence[Any], **options: Any
+        self,
+        layout: KVLayout,
+        keys: Sequence[ChunkKey],
+        outs: Sequence[Any],
+        *,
+        profiles: ProfileBook | None = None,
+        **options: Any,
     ) -> int:
         """Copy the leading `keys` that are there into `outs`, arrays or tensors of their shape; how
         many.
 
-        One copy each. `options` are those of `pin`. Raises `LeaseExpired` or `Corrupt`: `outs` is
-        undefined then.
+        One copy each. `options` are those of `pin`; bitstreams are decoded with `profiles`, as by
+        `Lease.decode`. Raises `LeaseExpired` or `Corrupt`: `outs` is undefined then.
         """
         with self.pin(layout, keys, **options) as lease:
             for index in range(len(lease)):
-                lease.load(index, outs[index])
+                lease.load(index, outs[index], profiles=profiles)
             return len(lease)
 
     def status(self, *, audit: bool = False, timeout_s: float | None = None) -> pb.StatusReply:

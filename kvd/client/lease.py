@@ -24,7 +24,21 @@ from kvd.proto.limits import DATA_SIZE_MAX, WAIT_NS_MAX
 if TYPE_CHECKING:
     import torch
 
+    from kvd.codecs.base import Part
+    from kvd.codecs.kvq import ProfileBook
+
 STATES = {pb.GRANTED: "granted", pb.EXISTS: "exists", pb.BUSY: "busy", pb.FULL: "full"}
+
+# What a lease knows of each chunk.
+_BY_CHUNK = (
+    "_offsets",
+    "_sizes",
+    "_num_tokens",
+    "_checksums",
+    "_approximate",
+    "_codecs",
+    "_starts",
+)
 
 
 class Lease:
@@ -36,6 +50,9 @@ class Lease:
     A chunk that comes from disk may not be all there yet. Whatever reads one waits for it; `wait`
     waits for a part of it. One that turns out to be damaged is lost: reading it raises `Corrupt`,
     and it is a miss. `pin(..., wait=True)`, the default, has done all that before it returns.
+
+    A pin that names codecs may have bitstreams instead of chunks: `codec` says so, `load` and
+    `decode` decode them, `bitstream` is a view of one.
     """
 
     def __init__(
@@ -59,6 +76,12 @@ class Lease:
         self._num_tokens: Sequence[int] = reply.num_tokens
         self._checksums: Sequence[int] = reply.checksums
         self._ready = list(reply.ready)
+        self._approximate: Sequence[int] = reply.is_approximate
+        self._codecs: Sequence[str] = reply.codecs
+        self._starts: Sequence[int] = reply.starts
+        for described in (reply.is_approximate, reply.codecs, reply.starts):
+            if len(described) not in (0, len(reply.offsets)):
+                raise Corrupt(f"{len(reply.offsets)} chunks pinned, {len(described)} described")
         # Where each chunk stands in the daemon's lease.
         self._positions: Sequence[int] = range(len(reply.offsets))
         self._is_verified = is_verified
@@ -79,6 +102,21 @@ class Lease:
     def size(self) -> int:
         """Bytes of all chunks together."""
         return sum(self._sizes)
+
+    @property
+    def all_exact(self) -> bool:
+        """Whether every chunk is just what was computed, on top of nothing approximate."""
+        return not any(self._approximate)
+
+    def is_exact(self, index: int) -> bool:
+        """Whether one chunk is. What an engine computes on top of one that is not is approximate
+        too: `reserve(..., exact=False)`.
+        """
+        return not (self._approximate and self._approximate[index])
+
+    def codec(self, index: int) -> str:
+        """ "raw", or the codec whose bitstream one chunk is there as."""
+        return (self._codecs[index] if self._codecs else "") or "raw"
 
     def chunk_tokens(self, index: int) -> int:
         """Tokens of one chunk."""
@@ -129,7 +167,7 @@ class Lease:
         if len(good) < len(self):
             self._positions = good
             self.keys = [self.keys[index] for index in good]
-            for name in ("_offsets", "_sizes", "_num_tokens", "_checksums"):
+            for name in _BY_CHUNK:
                 values = getattr(self, name)
                 setattr(self, name, [values[index] for index in good] if values else values)
         self._ready = []
@@ -158,8 +196,24 @@ class Lease:
 
     def raw(self, index: int) -> NDArray[np.uint8]:
         """`uint8 [size]` of one chunk: a view of the arena, or, without shared memory, a copy of
-        the bytes. Raises `Corrupt` for one that is lost.
+        the bytes. Raises `Corrupt` for one that is lost, `InvalidRequest` for a bitstream.
         """
+        if self.codec(index) != "raw":
+            raise InvalidRequest(
+                f"chunk {short(self.keys[index])} is there as a bitstream of {self.codec(index)}: "
+                "load() or decode() it, or pin it without codecs"
+            )
+        return self._content(index)
+
+    def bitstream(self, index: int) -> NDArray[np.uint8]:
+        """`uint8 [size]` of one bitstream: a view as `raw` gives it. Raises `Corrupt` for one that
+        is lost, `InvalidRequest` for a chunk that is there raw.
+        """
+        if self.codec(index) == "raw":
+            raise InvalidRequest(f"chunk {short(self.keys[index])} is there raw: use raw()")
+        return self._content(index)
+
+    def _content(self, index: int) -> NDArray[np.uint8]:
         self.check()
         size = self._sizes[index]
         if self._ready and not self.wait(index):
@@ -188,13 +242,49 @@ class Lease:
         """One chunk as a torch tensor `dtype [layers, planes, tokens, kv_heads, head_dim]`."""
         return as_tensor(self.raw(index), self.layout.dtype, self.shape(index))
 
-    def load(self, index: int, out: Any) -> None:
+    def decode(
+        self, index: int, out: Any, *, profiles: ProfileBook | None = None, part: Part | None = None
+    ) -> None:
+        """Fill `out`, an array or tensor of one chunk's shape and dtype, from its bitstream, and
+        check; with `part`, only where that says. A chunk that is there raw is copied.
+
+        `profiles` is where codecs find what they know of models (default: those that come with
+        kvd). A tensor on a GPU is decoded there. Raises `LeaseExpired`; `Corrupt` where the bytes
+        are no bitstream of the chunk; `Unsupported` where the codec or its profile is not here:
+        `out` is undefined then.
+        """
+        # Codecs are heavy: only clients that decode import them.
+        from kvd.client.decoding import decode
+
+        content = self._content(index)
+        start = self._starts[index] if self._starts else 0
+        try:
+            decode(
+                content,
+                self.codec(index),
+                self.layout,
+                start=start,
+                num_tokens=self._num_tokens[index],
+                out=out,
+                profiles=profiles,
+                part=part,
+            )
+        except Corrupt:
+            # Bytes that were reused are no damage.
+            self.check()
+            raise
+        self.check()
+
+    def load(self, index: int, out: Any, *, profiles: ProfileBook | None = None) -> None:
         """Copy one chunk into `out`, an array or tensor of its shape and dtype or `uint8 [size]`,
-        and check.
+        and check; a bitstream is decoded, see `decode`.
 
         Raises `LeaseExpired`, or `Corrupt` when the client verifies and the bytes are not those
         that were stored: `out` is undefined then.
         """
+        if self.codec(index) != "raw":
+            self.decode(index, out, profiles=profiles)
+            return
         raw = self.raw(index)
         if self._connection.arena is not None:
             self._connection.arena.map_in(self._offsets[index], self._sizes[index])
@@ -207,7 +297,7 @@ class Lease:
         """Raise `Corrupt` unless the chunk's bytes match the checksum it was stored with; one
         without passes.
         """
-        self._verify(index, self.raw(index))
+        self._verify(index, self._content(index))
         self.check()
 
     def _verify(self, index: int, raw: NDArray[np.uint8]) -> None:

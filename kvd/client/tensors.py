@@ -6,6 +6,7 @@ already.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,29 @@ def copy_out(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...], out: An
         return
     source = as_array(raw, dtype, shape)
     copy(_as_stored(out, source, dtype, shape), source)
+
+
+def bytes_of(out: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
+    """The bytes of `out`, an array or tensor `dtype [shape]` or `uint8 [size]`, as `uint8 [size]`
+    without a copy; None where they are not in one piece of this process's memory.
+    """
+    if _is_tensor(out):
+        _check(str(out.dtype).removeprefix("torch."), tuple(out.shape), dtype, shape)
+        if is_on_gpu(out) or not out.is_contiguous():
+            return None
+        flat: NDArray[np.uint8] = out.detach().view(-1).view(sys.modules["torch"].uint8).numpy()
+        return flat
+    if isinstance(out, (bytearray, memoryview)):
+        out = np.frombuffer(out, dtype=np.uint8)
+    size = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    if out.dtype != np.uint8 or out.shape != (size,):
+        _as_stored(out, np.empty(0, NUMPY_DTYPES[dtype]), dtype, shape)
+    return out.reshape(-1).view(np.uint8) if out.flags.c_contiguous else None
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Whether `value` is a tensor in the memory of another device."""
+    return _is_tensor(value) and value.device.type != "cpu"
 
 
 def _as_stored(

@@ -184,4 +184,5 @@ def _info(entry: Entry) -> pb.ChunkInfo:
         codec=placement.codec,
         pins=entry.pins,
         is_held=entry.is_held,
+        is_exact=placement.is_exact,
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from kvd.chunk import ChunkMeta, Extent
+from kvd.chunk import ChunkMeta, Extent, Placement
+from kvd.daemon.arrival import Arrival
+from kvd.daemon.codec_rules import RAW
 from kvd.daemon.directory import Entry
 from kvd.errors import InvalidRequest, UnknownLease
 
@@ -29,6 +31,32 @@ class Writer(NamedTuple):
     token: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a client takes: whether exact chunks only, and bitstreams of which codecs."""
+
+    is_exact: bool = False
+    codecs: frozenset[str] = frozenset()
+
+
+ANYTHING_RAW = Terms()
+
+
+class Loan(Arrival):
+    """A bitstream on its way into an extent of one lease's own, or there. `copy` is what it is
+    taken from; for those who bring it `source` calls it raw: its bytes come as they are.
+    """
+
+    __slots__ = ("copy", "is_wanted", "state")
+
+    def __init__(self, entry: Entry, extent: Extent, copy: Placement) -> None:
+        super().__init__(entry, extent, replace(copy, codec=RAW))
+        self.copy = copy
+        self.state: Literal["coming", "here", "lost"] = "coming"
+        # Until the lease ends.
+        self.is_wanted = True
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """Chunks that one session reads or writes until `deadline_ns`."""
@@ -40,9 +68,12 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class ReadLease(Lease):
-    """Pinned chunks, in the order asked for."""
+    """Pinned chunks, in the order asked for. `loans[i]` is there of chunk i where it is lent as a
+    bitstream.
+    """
 
     entries: list[Entry] = field(default_factory=list)
+    loans: dict[int, Loan] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -51,10 +82,12 @@ class WriteLease(Lease):
 
     `is_shared` says that a client writes them through its own mapping: nobody can stop it, so they
     stay its own until it lets go. Others are written by the daemon, and end with the deadline.
+    `is_exact` says of the chunks that they are not computed on top of approximate KV.
     """
 
     is_shared: bool = True
     writer: Writer | None = None
+    is_exact: bool = True
 
     metas: list[ChunkMeta] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)

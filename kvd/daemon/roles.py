@@ -11,6 +11,7 @@ from kvd.chunk import Extent
 from kvd.daemon.arrival import Arrival
 from kvd.daemon.directory import Entry
 from kvd.daemon.leases import Writer
+from kvd.tiers.cpu import CpuTier
 
 
 class PersistCount(NamedTuple):
@@ -87,8 +88,11 @@ class Lower(Protocol):
 
 class Packed(Protocol):
     """What keeps chunks encoded in the daemon's own memory, as the store sees it. What is not
-    `async` does not wait.
+    `async` does not wait. `tier` holds the bitstreams.
     """
+
+    @property
+    def tier(self) -> CpuTier: ...
 
     def is_owed(self, entry: Entry) -> bool:
         """Whether a chunk without an encoded copy should have one before it leaves memory."""

@@ -22,10 +22,16 @@ from typing import Any, TypeVar
 from google.protobuf.message import DecodeError
 
 from kvd.chunk import ChunkMeta, Fingerprint
-from kvd.daemon import admin
+from kvd.daemon import admin, pinned
 from kvd.daemon.arrival import Arrival
-from kvd.daemon.directory import Entry
-from kvd.daemon.leases import LEASE_NS_DEFAULT, ReadLease, WriteLease, Writer
+from kvd.daemon.leases import (
+    ANYTHING_RAW,
+    LEASE_NS_DEFAULT,
+    ReadLease,
+    Terms,
+    WriteLease,
+    Writer,
+)
 from kvd.daemon.processes import process_start
 from kvd.daemon.room import has_room, make_room
 from kvd.daemon.store import ChunkStore
@@ -34,6 +40,8 @@ from kvd.keys import ChunkKey, PackedKeys, check_key, short, split_keys
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.convert import layout_from_message
 from kvd.proto.limits import (
+    CODEC_SIZE_MAX,
+    CODECS_MAX,
     DATA_SIZE_MAX,
     GRPC_MESSAGE_SIZE_MAX,
     KEYS_MAX,
@@ -218,6 +226,7 @@ class Session:
             lease_ns=message.lease_ns or LEASE_NS_DEFAULT,
             now_ns=time.monotonic_ns(),
             is_shared=self._has_arena,
+            is_exact=not message.is_approximate,
             writer=self._writer,
         )
         reply = pb.ReserveReply(states=[_STATES[state] for state in states])
@@ -239,15 +248,16 @@ class Session:
         self._facts.check_serving()
         layout = Fingerprint(check_key(message.layout))
         keys = checked_keys(message.keys)
+        terms = _terms_of(message)
         if message.wait_ns and self._store.below:
-            size = self._store.absent_size(keys)
+            size = self._store.absent_size(keys, terms=terms)
             if not has_room(self._store.below, size):
                 room = make_room(self._store.below, size, _room_wait_s(message.wait_ns))
-                return _later(room, partial(self._pin_now, message, keys, layout))
-        return self._pin_now(message, keys, layout)
+                return _later(room, partial(self._pin_now, message, keys, layout, terms))
+        return self._pin_now(message, keys, layout, terms)
 
     def _pin_now(
-        self, message: pb.PinRequest, keys: Sequence[ChunkKey], layout: Fingerprint
+        self, message: pb.PinRequest, keys: Sequence[ChunkKey], layout: Fingerprint, terms: Terms
     ) -> pb.PinReply:
         lease, found = self._store.pin(
             keys,
@@ -255,33 +265,25 @@ class Session:
             standalone=message.standalone,
             lease_ns=message.lease_ns or LEASE_NS_DEFAULT,
             now_ns=time.monotonic_ns(),
+            terms=terms,
         )
         reply = pb.PinReply(present=bytes(found) if message.standalone else b"")
         if lease is None:
             return reply
         self.leases.add(lease.id)
-        placements = [entry.placement for entry in lease.entries]
-        extents = [placement.extent for placement in placements]
         reply.lease = lease.id
         reply.deadline_ns = lease.deadline_ns
-        if not self._store.are_ready(lease.entries):
-            extents = [self._store.extent_of(entry) for entry in lease.entries]
-            reply.ready.extend([self._store.ready_size(entry) or 0 for entry in lease.entries])
-        reply.offsets.extend([extent.offset for extent in extents])
-        reply.sizes.extend([extent.size for extent in extents])
-        reply.num_tokens.extend([entry.meta.num_tokens for entry in lease.entries])
-        if any(placement.checksum is not None for placement in placements):
-            reply.checksums.extend([placement.checksum or 0 for placement in placements])
+        pinned.describe(self._store, lease, reply)
         return reply
 
     def _wait(self, message: pb.WaitRequest) -> pb.WaitReply | Awaitable[pb.WaitReply]:
         if message.is_rest:
             return self._wait_for_rest(message)
-        entry = self._pinned(message.lease, message.index)
-        ready = self._store.ready_size(entry)
+        lease = self._read_lease(message.lease, message.index)
+        ready = pinned.ready_size(self._store, lease, message.index)
         if ready is None:
             return pb.WaitReply(is_lost=True)
-        arrival = self._store.arrival(entry)
+        arrival = pinned.arrival_of(self._store, lease, message.index)
         if arrival is None or ready >= message.size or not message.timeout_ns:
             return pb.WaitReply(ready=ready)
         return self._wait_later(message, arrival)
@@ -296,7 +298,8 @@ class Session:
             # What came before the watch is not told again.
             if arrival.ready < size:
                 await asyncio.wait([progress], timeout=max(give_up - loop.time(), 0))
-            ready = self._store.ready_size(self._pinned(message.lease, message.index))
+            lease = self._read_lease(message.lease, message.index)
+            ready = pinned.ready_size(self._store, lease, message.index)
             if ready is None:
                 return pb.WaitReply(is_lost=True)
             if ready >= size:
@@ -306,22 +309,20 @@ class Session:
     async def _wait_for_rest(self, message: pb.WaitRequest) -> pb.WaitReply:
         loop = asyncio.get_running_loop()
         give_up = loop.time() + min(message.timeout_ns, WAIT_NS_MAX) / 1e9
-        num_ready = 0
+        at = message.index
         while True:
-            rest = self._read_lease(message.lease, message.index).entries[message.index :]
-            while num_ready < len(rest) and self._store.are_ready(rest[num_ready : num_ready + 1]):
-                num_ready += 1
-            arrival = self._store.arrival(rest[num_ready]) if num_ready < len(rest) else None
+            lease = self._read_lease(message.lease, message.index)
+            count = len(lease.entries)
+            while at < count and pinned.is_whole(self._store, lease, at):
+                at += 1
+            arrival = pinned.arrival_of(self._store, lease, at) if at < count else None
             if arrival is None or loop.time() >= give_up:
                 # Neither here nor on its way is lost.
-                is_lost = arrival is None and num_ready < len(rest)
-                return pb.WaitReply(num_ready=num_ready, is_lost=is_lost)
+                is_lost = arrival is None and at < count
+                return pb.WaitReply(num_ready=at - message.index, is_lost=is_lost)
             progress: asyncio.Future[None] = loop.create_future()
             arrival.watch(partial(_resolve, progress))
             await asyncio.wait([progress], timeout=max(give_up - loop.time(), 0))
-
-    def _pinned(self, lease_id: int, index: int) -> Entry:
-        return self._read_lease(lease_id, index).entries[index]
 
     def _read_lease(self, lease_id: int, index: int) -> ReadLease:
         """A pin of this session that has a chunk `index`."""
@@ -364,11 +365,11 @@ class Session:
             raise InvalidRequest(
                 f"the lease has {len(lease.entries)} chunks, found index {message.index}"
             )
-        entry = lease.entries[message.index]
-        ready = self._store.ready_size(entry)
+        ready = pinned.ready_size(self._store, lease, message.index)
         if ready is None:
-            raise Corrupt(f"chunk {short(entry.meta.key)} was lost; treat it as a miss")
-        extent = self._store.extent_of(entry)
+            key = lease.entries[message.index].meta.key
+            raise Corrupt(f"chunk {short(key)} was lost; treat it as a miss")
+        extent = pinned.place_of(self._store, lease, message.index).extent
         _check_range(message.offset, message.size, extent.size)
         if message.offset + message.size > ready:
             raise InvalidRequest(f"only {ready} bytes of the chunk are there yet; wait for more")
@@ -420,12 +421,14 @@ def _failure(request_id: int, code: str, message: str) -> pb.Response:
 
 def lookup(store: ChunkStore, message: pb.LookupRequest) -> pb.LookupReply:
     """Which of the keys are here; needs no session."""
+    terms = _terms_of(message)
     if not message.standalone:
         packed = PackedKeys(message.keys)
         _check_count(len(packed))
         prefetch_at_ns = time.monotonic_ns() if store.is_prefetching else None
-        return pb.LookupReply(count=store.lookup(packed, prefetch_at_ns=prefetch_at_ns))
-    present = store.present(checked_keys(message.keys))
+        count = store.lookup(packed, prefetch_at_ns=prefetch_at_ns, terms=terms)
+        return pb.LookupReply(count=count)
+    present = store.present(checked_keys(message.keys), terms=terms)
     return pb.LookupReply(count=sum(present), present=bytes(present))
 
 
@@ -434,6 +437,17 @@ def checked_keys(packed: bytes) -> list[ChunkKey]:
     keys = split_keys(packed)
     _check_count(len(keys))
     return keys
+
+
+def _terms_of(message: pb.LookupRequest | pb.PinRequest) -> Terms:
+    if not message.is_exact and not message.codecs:
+        return ANYTHING_RAW
+    if len(message.codecs) > CODECS_MAX:
+        raise TooLarge(f"at most {CODECS_MAX} codecs in one message, found {len(message.codecs)}")
+    for name in message.codecs:
+        if not 0 < len(name) <= CODEC_SIZE_MAX:
+            raise InvalidRequest(f"a codec's name has 1 to {CODEC_SIZE_MAX} letters: {name!r}")
+    return Terms(is_exact=message.is_exact, codecs=frozenset(message.codecs))
 
 
 def _check_count(num_keys: int) -> None:

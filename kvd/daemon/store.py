@@ -26,7 +26,17 @@ from kvd.daemon.directory import Directory, Entry, with_ancestors
 from kvd.daemon.eviction.base import EvictionPolicy
 from kvd.daemon.inherited import Inherited
 from kvd.daemon.layout_book import LayoutBook
-from kvd.daemon.leases import LeaseBook, ReadLease, WriteLease, Writer, check_lease_ns
+from kvd.daemon.leases import (
+    ANYTHING_RAW,
+    LeaseBook,
+    Loan,
+    ReadLease,
+    Terms,
+    WriteLease,
+    Writer,
+    check_lease_ns,
+)
+from kvd.daemon.loans import Loans
 from kvd.daemon.memory import Memory
 from kvd.daemon.roles import HotSet, Lower, Packed
 from kvd.daemon.store_check import check_store
@@ -69,13 +79,22 @@ class ChunkStore:
         self.ready_size, self.extent_of = arrivals.ready_size, arrivals.extent_of
         self.reads_disk = arrivals.reads_disk
 
+        self.loans = Loans(
+            self.memory,
+            self.directory,
+            self.counters,
+            make_room=self._make_room,
+            remove=self._remove,
+        )
         self.transit = transit = Transit(
             self.memory,
             self.directory,
             self.counters,
             arrivals,
+            self.loans,
             make_room=self._make_room,
             whole_size=self._book.whole_size,
+            evict=self._evict,
             remove=self._remove,
         )
         self.bring, self.land, self.lose = transit.fetch, transit.land, transit.lose
@@ -128,22 +147,33 @@ class ChunkStore:
         return self._leases.num_reserved
 
     def lookup(
-        self, keys: Sequence[ChunkKey] | PackedKeys, *, prefetch_at_ns: int | None = None
+        self,
+        keys: Sequence[ChunkKey] | PackedKeys,
+        *,
+        prefetch_at_ns: int | None = None,
+        terms: Terms = ANYTHING_RAW,
     ) -> int:
-        """How many of the first `keys`, a chain in order, are here. Says nothing of a moment later:
-        `pin` does. With `prefetch_at_ns`, the time, those on disk begin to come.
+        """How many of the first `keys`, a chain in order, are here for a client of `terms`. Says
+        nothing of a moment later: `pin` does. With `prefetch_at_ns`, the time, those on disk begin
+        to come.
         """
         found = self.directory.match(keys)
+        if terms.is_exact:
+            exact = (self._is_exact(self.directory.get(keys[at])) for at in range(found))
+            found = next((at for at, is_exact in enumerate(exact) if not is_exact), found)
         if prefetch_at_ns is not None and self.below and found:
-            self.transit.prefetch(keys, found, prefetch_at_ns)
+            self.transit.prefetch(keys, found, prefetch_at_ns, terms=terms)
         self.counters["lookups"] += 1
         self.counters["lookup_chunks"] += len(keys)
         self.counters["lookup_hits"] += found
         return found
 
-    def present(self, keys: Sequence[ChunkKey]) -> list[bool]:
-        """Which of `keys`, each for itself, are here."""
-        found = [key in self.directory for key in keys]
+    def present(self, keys: Sequence[ChunkKey], *, terms: Terms = ANYTHING_RAW) -> list[bool]:
+        """Which of `keys`, each for itself, are here for a client of `terms`."""
+        if terms.is_exact:
+            found = [self._is_exact(self.directory.get(key)) for key in keys]
+        else:
+            found = [key in self.directory for key in keys]
         self.counters["lookups"] += 1
         self.counters["lookup_chunks"] += len(keys)
         self.counters["lookup_hits"] += sum(found)
@@ -160,13 +190,16 @@ class ChunkStore:
         lease_ns: int,
         now_ns: int,
         is_shared: bool = True,
+        is_exact: bool = True,
         writer: Writer | None = None,
     ) -> tuple[WriteLease | None, list[ReserveState]]:
         """Extents for those chunks that are neither here nor on their way, evicting others where
         needed.
 
         The first chunk without room ends it: those behind it are "full" too, a chain with a hole is
-        of no use. Raises `InvalidRequest`, `LayoutMismatch` or `TooLarge` before anything changes.
+        of no use. `is_exact` is False of chunks computed on top of approximate ones; those that are
+        exact are granted where there is only an approximate copy that nobody reads, and take its
+        place. Raises `InvalidRequest`, `LayoutMismatch` or `TooLarge` before anything changes.
         """
         check_lease_ns(lease_ns)
         sizes = [self._book.size_of(meta) for meta in metas]
@@ -179,15 +212,25 @@ class ChunkStore:
             )
         states: list[ReserveState] = []
         lease = WriteLease(
-            self._leases.next_id(), now_ns + lease_ns, is_shared=is_shared, writer=writer
+            self._leases.next_id(),
+            now_ns + lease_ns,
+            is_shared=is_shared,
+            writer=writer,
+            is_exact=is_exact,
         )
+        replaced = {meta.key for meta in metas if is_exact and self._is_inferior(meta.key)}
         family = self._family(metas)
         for entry in family:
             self.memory.pin(entry)
         try:
             for meta, size in zip(metas, sizes, strict=True):
                 is_full = "full" in states[-1:]
-                states.append("full" if is_full else self._reserve_one(lease, meta, size, now_ns))
+                if is_full:
+                    states.append("full")
+                elif meta.key in self.directory and meta.key not in replaced:
+                    states.append("exists")
+                else:
+                    states.append(self._reserve_one(lease, meta, size, now_ns))
         finally:
             for entry in family:
                 self.memory.unpin(entry)
@@ -222,13 +265,18 @@ class ChunkStore:
             meta, extent = lease.metas[index], lease.extents[index]
             del self._writing[meta.key]
             self.memory.unreserve(extent)
+            if not self._make_way(meta.key):
+                self.memory.free(extent)
+                continue
             entry = Entry(meta)
             checksum = checksums[index] if checksums else None
-            self.memory.place(entry, Placement(extent, checksum=checksum))
+            placement = Placement(extent, is_exact=lease.is_exact, checksum=checksum)
+            self.memory.place(entry, placement)
             self.directory.insert(entry)
             self._policy.insert(meta, now_ns)
             self.counters["commit_bytes"] += extent.size
-            if hot is not None:
+            if hot is not None and lease.is_exact:
+                # What is remembered beyond the daemon's life is taken for exact.
                 hot.keep(entry)
             entries.append(entry)
         self.counters["commit_chunks"] += len(entries)
@@ -236,14 +284,20 @@ class ChunkStore:
             below.wake(entries)
         return len(entries)
 
-    def absent_size(self, keys: Sequence[ChunkKey]) -> int:
-        """Bytes that those of `keys` which are not in memory will have there."""
-        found = (self.directory.get(key) for key in keys)
-        return sum(
-            self._book.whole_size(entry.meta, entry.placement) or 0
-            for entry in found
-            if entry is not None and entry.in_memory is None and entry not in self.transit.arriving
-        )
+    def absent_size(self, keys: Sequence[ChunkKey], *, terms: Terms = ANYTHING_RAW) -> int:
+        """Bytes that those of `keys` which are not in memory will have there for a client of
+        `terms`.
+        """
+        size = 0
+        for entry in map(self.directory.get, keys):
+            if entry is None or entry.in_memory is not None or entry in self.transit.arriving:
+                continue
+            bitstream = self.transit.lent_from(entry, terms)
+            if bitstream is not None:
+                size += bitstream.extent.size
+            else:
+                size += self._book.whole_size(entry.meta, entry.placement) or 0
+        return size
 
     def pin(
         self,
@@ -253,22 +307,27 @@ class ChunkStore:
         standalone: bool,
         lease_ns: int,
         now_ns: int,
+        terms: Terms = ANYTHING_RAW,
     ) -> tuple[ReadLease | None, list[bool]]:
-        """Keep chunks where they are: the leading ones that are here, or with `standalone` each
-        that is here.
+        """Keep chunks where they are: the leading ones that are here for a client of `terms`, or
+        with `standalone` each that is here.
 
         Returns the lease, None if there was nothing to pin, and for each key looked at whether it
         is in it. Raises `LayoutMismatch` if one is of another layout: then nothing is pinned.
         """
         check_lease_ns(lease_ns)
-        entries, found = self._find(keys, layout, standalone=standalone)
+        entries, found = self._find(keys, layout, standalone=standalone, terms=terms)
         self.counters["pin_chunks"] += len(keys)
-        if any(entry.in_memory is None for entry in entries):
-            entries, found = self.transit.fetch_all(entries, found, now_ns, standalone=standalone)
+        loans: dict[int, Loan] = {}
+        if terms.is_exact or any(entry.in_memory is None for entry in entries):
+            entries, found, loans = self.transit.fetch_all(
+                entries, found, now_ns, standalone=standalone, terms=terms
+            )
         self.counters["pin_hits"] += len(entries)
         if not entries:
             return None, found
-        touch = self._policy.touch
+        # What is lent need not be in memory.
+        touch = self._touch if loans else self._policy.touch
         for entry in reversed(entries):
             touch(entry.meta.key, now_ns)
             entry.uses += 1
@@ -277,7 +336,7 @@ class ChunkStore:
         if self.inherited.unverified:
             self.inherited.verify(entries)
         self.counters["pin_bytes"] += sum(entry.size for entry in entries)
-        lease = ReadLease(self._leases.next_id(), now_ns + lease_ns, entries=entries)
+        lease = ReadLease(self._leases.next_id(), now_ns + lease_ns, entries=entries, loans=loans)
         self._leases.open(lease)
         return lease, found
 
@@ -362,8 +421,6 @@ class ChunkStore:
     def _reserve_one(
         self, lease: WriteLease, meta: ChunkMeta, size: int, now_ns: int
     ) -> ReserveState:
-        if meta.key in self.directory:
-            return "exists"
         if meta.key in self._writing:
             return "busy"
         extent = self._make_room(size, now_ns, lease.writer)
@@ -417,6 +474,32 @@ class ChunkStore:
             self.counters["demote_missed_chunks"] += 1
         self._remove(entry)
 
+    def _touch(self, key: ChunkKey, now_ns: int) -> None:
+        """It was asked for: where it is ranked it is the youngest."""
+        entry = self.directory.get(key)
+        assert entry is not None
+        if entry.in_memory is not None or entry in self.transit.arriving:
+            self._policy.touch(key, now_ns)
+        elif entry.packed is not None:
+            assert self.memory.packed is not None
+            self.memory.packed.touch(entry)
+
+    def _is_inferior(self, key: ChunkKey) -> bool:
+        """Whether a chunk is here, approximate, and nobody would miss it for an exact one."""
+        entry = self.directory.get(key)
+        return entry is not None and not entry.is_pinned and not self._is_exact(entry)
+
+    def _make_way(self, key: ChunkKey) -> bool:
+        """Let what is here of a chunk that was written go; False if it is wanted as it is."""
+        entry = self.directory.get(key)
+        if entry is not None and self._is_inferior(key):
+            self._remove(entry)
+        return key not in self.directory
+
+    def _is_exact(self, entry: Entry | None) -> bool:
+        """Whether a chunk is here, and a pin gives its exact KV."""
+        return entry is not None and self.transit.source_of(entry, is_exact=True) is not None
+
     def _is_listed(self, entry: Entry) -> bool:
         return self.directory.get(entry.meta.key) is entry
 
@@ -440,20 +523,21 @@ class ChunkStore:
         entry.on_disk = entry.packed = None
 
     def _find(
-        self, keys: Sequence[ChunkKey], layout: Fingerprint, *, standalone: bool
+        self, keys: Sequence[ChunkKey], layout: Fingerprint, *, standalone: bool, terms: Terms
     ) -> tuple[list[Entry], list[bool]]:
         entries: list[Entry] = []
         found: list[bool] = []
         get = self.directory.get
         for key in keys:
             entry = get(key)
-            found.append(entry is not None)
-            if entry is not None:
-                if entry.meta.layout != layout:
-                    raise LayoutMismatch(
-                        f"layout {short(layout)} expected, "
-                        f"chunk {short(key)} has {short(entry.meta.layout)}"
-                    )
+            if entry is not None and entry.meta.layout != layout:
+                raise LayoutMismatch(
+                    f"layout {short(layout)} expected, "
+                    f"chunk {short(key)} has {short(entry.meta.layout)}"
+                )
+            is_here = self._is_exact(entry) if terms.is_exact else entry is not None
+            found.append(is_here)
+            if entry is not None and is_here:
                 entries.append(entry)
             elif not standalone:
                 break
@@ -478,7 +562,9 @@ class ChunkStore:
             self.memory.unpin(entry)
             if not entry.pins and entry in lost:
                 self.transit.free_lost(entry)
-        lease.entries = []
+        for loan in lease.loans.values():
+            self.loans.end(loan)
+        lease.entries, lease.loans = [], {}
 
     def _free(self, lease: WriteLease) -> None:
         for extent in lease.extents:

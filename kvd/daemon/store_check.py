@@ -28,6 +28,7 @@ def check_store(store: ChunkStore) -> None:
     _check_pins(store, [*listed, *orphans])
     _check_copies(store, listed)
     _check_inherited(store)
+    _check_loans(store)
     live = {
         meta.key: lease
         for lease in store._leases.writes()
@@ -48,6 +49,7 @@ def _check_extents(store: ChunkStore, entries: Sequence[Entry]) -> None:
     filled = [extent for lease in store._leases.writes() for extent in lease.extents]
     filled += [arrival.extent for arrival in store.transit.arriving.values()]
     filled += [*store.inherited.strays, *store.transit.lost.values()]
+    filled += [loan.extent for loan in store.loans.open]
     extents = [entry.in_memory.extent for entry in entries if entry.in_memory] + filled
     assert len({extent.offset for extent in extents}) == len(extents), "extents overlap"
     assert len(extents) == tier.num_extents, "an extent is leaked"
@@ -85,3 +87,11 @@ def _check_inherited(store: ChunkStore) -> None:
     for entry in (*unverified, *checking):
         assert store._is_listed(entry)
         assert entry.in_memory is not None
+
+
+def _check_loans(store: ChunkStore) -> None:
+    lent = [loan for lease in store._leases.reads() for loan in lease.loans.values()]
+    assert len(set(lent)) == len(lent), "a bitstream is lent twice"
+    assert {loan for loan in store.loans.open if loan.is_wanted} == set(lent)
+    # What no lease wants any more is free as soon as nobody fills it.
+    assert all(loan.is_wanted or loan.state == "coming" for loan in store.loans.open)

@@ -1,6 +1,6 @@
 """Transit: a store's chunks between memory and what lies below it, either way.
 
-    fetch ─► arriving, pinned ─► land: in memory
+    fetch ─► arriving, pinned ─► land: in memory                 a bitstream is lent: loans.py
                              └─► lose: gone; who has it pinned keeps what had come of it
     begin_demotion ─► demoting, pinned ─► end_demotion: on disk as well, or not
 
@@ -17,6 +17,8 @@ from kvd.chunk import ChunkMeta, Extent, Placement
 from kvd.daemon.arrival import Arrival, Arrivals
 from kvd.daemon.codec_rules import RAW
 from kvd.daemon.directory import Directory, Entry
+from kvd.daemon.leases import ANYTHING_RAW, Loan, Terms
+from kvd.daemon.loans import Loans
 from kvd.daemon.memory import Memory
 from kvd.keys import ChunkKey, PackedKeys
 
@@ -27,7 +29,8 @@ PREFETCHES_MAX = 32
 
 class Transit:
     """Between `memory` and its `lower`. `make_room` gives an extent of so many bytes at a time, or
-    None; `whole_size` knows how many a chunk has there; `remove` unlists a chunk.
+    None; `whole_size` knows how many a chunk has there; `evict` takes it out of memory, `remove`
+    unlists it.
     """
 
     def __init__(
@@ -36,9 +39,11 @@ class Transit:
         directory: Directory,
         counters: Counter[str],
         arrivals: Arrivals,
+        loans: Loans,
         *,
         make_room: Callable[[int, int], Extent | None],
         whole_size: Callable[[ChunkMeta, Placement], int | None],
+        evict: Callable[[Entry], None],
         remove: Callable[[Entry], None],
     ) -> None:
         # Chunks on their way into memory, and those whose bytes are being written or encoded.
@@ -48,22 +53,52 @@ class Transit:
         # What had come of chunks that were lost on the way, while somebody has them pinned.
         self.lost: dict[Entry, Extent] = {}
         self._arrivals = arrivals
+        self._loans = loans
         self._memory = memory
         self._directory = directory
         self._counters = counters
         self._make_room = make_room
         self._whole_size = whole_size
+        self._evict = evict
         self._remove = remove
 
-    def fetch(self, entry: Entry, now_ns: int) -> bool:
-        """Let a listed chunk begin to come to memory unless it is there; False where there is no
-        room.
+    def source_of(self, entry: Entry, *, is_exact: bool = False) -> Placement | None:
+        """The copy that a pin gives, or that comes for it; with `is_exact`, None where there is no
+        exact one, or where somebody reads an approximate one in memory or waits for it there.
         """
-        if entry.in_memory is not None or entry in self.arriving:
+        arrival = self.arriving.get(entry)
+        found = entry.placement if arrival is None else arrival.source
+        if found.is_exact or not is_exact:
+            return found
+        if arrival is not None or (entry.in_memory is not None and entry.pins):
+            return None
+        copies = (entry.packed, entry.on_disk)
+        return next((copy for copy in copies if copy is not None and copy.is_exact), None)
+
+    def lent_from(self, entry: Entry, terms: Terms) -> Placement | None:
+        """The bitstream that a client of these terms gets of a chunk, or None: it gets it raw."""
+        if entry in self.arriving:
+            return None
+        source = self.source_of(entry, is_exact=terms.is_exact)
+        if source is None or source.codec == RAW or source.codec not in terms.codecs:
+            return None
+        return source
+
+    def fetch(self, entry: Entry, now_ns: int, source: Placement | None = None) -> bool:
+        """Let a listed chunk begin to come to memory unless it is there; False where there is no
+        room. It comes from `source`, which takes the place of an approximate copy that nobody
+        reads.
+        """
+        if entry in self.arriving:
             return True
-        source, home = entry.placement, self._memory.packed if entry.packed else self._memory.lower
+        source = source or entry.placement
+        if source is entry.in_memory:
+            return True
+        home = self._memory.packed if source is entry.packed else self._memory.lower
         assert home is not None
         size = self._whole_size(entry.meta, source)
+        if size is not None and entry.in_memory is not None:
+            self._evict(entry)
         extent = None if size is None else self._make_room(size, now_ns)
         if extent is None:
             return False
@@ -76,50 +111,85 @@ class Transit:
         return True
 
     def fetch_all(
-        self, entries: list[Entry], found: list[bool], now_ns: int, *, standalone: bool
-    ) -> tuple[list[Entry], list[bool]]:
-        """Let those of the found chunks that are on disk only begin to come. Where memory has no
-        room for one it counts as not found, and so do those behind it in a chain.
+        self,
+        entries: list[Entry],
+        found: list[bool],
+        now_ns: int,
+        *,
+        standalone: bool,
+        terms: Terms = ANYTHING_RAW,
+    ) -> tuple[list[Entry], list[bool], dict[int, Loan]]:
+        """Let those of the found chunks begin to come that are not in memory as `terms` want them,
+        lent where they want that: loans by the place of their chunk. Where memory has no room for
+        one it counts as not found, and so do those behind it in a chain.
         """
+        # Before the pins: what somebody else reads is told by those.
+        wanted = [
+            (self.source_of(entry, is_exact=terms.is_exact), self.lent_from(entry, terms))
+            for entry in entries
+        ]
         for entry in entries:
             self._memory.pin(entry)
-        missing: set[Entry] = set()
+        kept: list[Entry] = []
+        comes: list[bool] = []
+        loans: dict[int, Loan] = {}
         try:
-            for index, entry in enumerate(entries):
-                if self.fetch(entry, now_ns):
+            for entry, (source, bitstream) in zip(entries, wanted, strict=True):
+                if bitstream is None:
+                    comes.append(self.fetch(entry, now_ns, source))
+                else:
+                    loan = self._loans.lend(entry, bitstream, now_ns)
+                    comes.append(loan is not None)
+                    if loan is not None:
+                        loans[len(kept)] = loan
+                if comes[-1]:
+                    kept.append(entry)
                     continue
                 self._counters["promote_full"] += 1
-                missing.update([entry] if standalone else entries[index:])
                 if not standalone:
                     break
         finally:
             for entry in entries:
                 self._memory.unpin(entry)
-        if not missing:
-            return entries, found
-        kept = [entry for entry in entries if entry not in missing]
+        if len(kept) == len(entries):
+            return entries, found, loans
         if not standalone:
-            return kept, [True] * len(kept) + [False]
-        each = iter(entries)
-        return kept, [is_here and next(each) not in missing for is_here in found]
+            return kept, [True] * len(kept) + [False], loans
+        each = iter(comes)
+        return kept, [is_here and next(each) for is_here in found], loans
 
-    def prefetch(self, keys: Sequence[ChunkKey] | PackedKeys, count: int, now_ns: int) -> None:
+    def prefetch(
+        self,
+        keys: Sequence[ChunkKey] | PackedKeys,
+        count: int,
+        now_ns: int,
+        *,
+        terms: Terms = ANYTHING_RAW,
+    ) -> None:
         """Let those of the first `count` chunks that are on disk only begin to come, as far as that
-        costs nobody a chunk.
+        costs nobody a chunk. What a client of `terms` takes as a bitstream stays as it is.
         """
         for index in range(count):
             entry = self._directory.get(keys[index])
             if entry is None or entry.in_memory is not None or entry in self.arriving:
                 continue
+            if self.lent_from(entry, terms) is not None:
+                continue
             if len(self.arriving) >= PREFETCHES_MAX:
                 return
-            size = self._whole_size(entry.meta, entry.placement)
-            if size is None or size > self._memory.ready_size or not self.fetch(entry, now_ns):
+            source = self.source_of(entry, is_exact=terms.is_exact) or entry.placement
+            size = self._whole_size(entry.meta, source)
+            if size is None or size > self._memory.ready_size:
+                return
+            if not self.fetch(entry, now_ns, source):
                 return
             self._counters["prefetch_chunks"] += 1
 
     def land(self, arrival: Arrival) -> None:
         """All bytes of a chunk from disk are in memory, verified."""
+        if isinstance(arrival, Loan):
+            self._loans.land(arrival)
+            return
         entry = arrival.entry
         self._end_arrival(arrival)
         if not self._is_listed(entry):
@@ -131,13 +201,17 @@ class Transit:
         self._memory.place(
             entry, Placement(arrival.extent, is_exact=source.is_exact, checksum=checksum)
         )
-        if self._memory.hot is not None:
+        if self._memory.hot is not None and source.is_exact:
+            # What is remembered beyond the daemon's life is taken for exact.
             self._memory.hot.keep(entry)
         self._counters["promote_chunks"] += 1
         self._counters["promote_bytes"] += arrival.extent.size
 
     def lose(self, arrival: Arrival) -> None:
         """The chunk could not be read right: it is gone, and a miss for those who wait for it."""
+        if isinstance(arrival, Loan):
+            self._loans.lose(arrival)
+            return
         entry = arrival.entry
         if self._is_listed(entry):
             self._remove(entry)
@@ -191,8 +265,11 @@ class Transit:
         self._memory.pack(entry, placement)
 
     def unpack(self, entry: Entry) -> None:
-        """Give up the encoded copy of a chunk that is not arriving; without another, the chunk."""
-        assert entry not in self.arriving
+        """Give up the encoded copy of a chunk that does not arrive from it; without another, the
+        chunk.
+        """
+        arrival = self.arriving.get(entry)
+        assert arrival is None or arrival.source is not entry.packed
         if entry.in_memory is None and entry.on_disk is None:
             self._remove(entry)
             return

@@ -183,12 +183,16 @@ class DeclareReply(_message.Message):
     def __init__(self, fingerprint: _Optional[bytes] = ...) -> None: ...
 
 class LookupRequest(_message.Message):
-    __slots__ = ("keys", "standalone")
+    __slots__ = ("keys", "standalone", "is_exact", "codecs")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     STANDALONE_FIELD_NUMBER: _ClassVar[int]
+    IS_EXACT_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     standalone: bool
-    def __init__(self, keys: _Optional[bytes] = ..., standalone: bool = ...) -> None: ...
+    is_exact: bool
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, keys: _Optional[bytes] = ..., standalone: bool = ..., is_exact: bool = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LookupReply(_message.Message):
     __slots__ = ("count", "present")
@@ -199,7 +203,7 @@ class LookupReply(_message.Message):
     def __init__(self, count: _Optional[int] = ..., present: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("layout", "keys", "parent", "standalone", "start", "num_tokens", "category", "prefill_us", "lease_ns", "wait_ns")
+    __slots__ = ("layout", "keys", "parent", "standalone", "start", "num_tokens", "category", "prefill_us", "lease_ns", "wait_ns", "is_approximate")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +214,7 @@ class ReserveRequest(_message.Message):
     PREFILL_US_FIELD_NUMBER: _ClassVar[int]
     LEASE_NS_FIELD_NUMBER: _ClassVar[int]
     WAIT_NS_FIELD_NUMBER: _ClassVar[int]
+    IS_APPROXIMATE_FIELD_NUMBER: _ClassVar[int]
     layout: bytes
     keys: bytes
     parent: bytes
@@ -220,7 +225,8 @@ class ReserveRequest(_message.Message):
     prefill_us: int
     lease_ns: int
     wait_ns: int
-    def __init__(self, layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., standalone: bool = ..., start: _Optional[int] = ..., num_tokens: _Optional[_Iterable[int]] = ..., category: _Optional[str] = ..., prefill_us: _Optional[int] = ..., lease_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ...) -> None: ...
+    is_approximate: bool
+    def __init__(self, layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., standalone: bool = ..., start: _Optional[int] = ..., num_tokens: _Optional[_Iterable[int]] = ..., category: _Optional[str] = ..., prefill_us: _Optional[int] = ..., lease_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ..., is_approximate: bool = ...) -> None: ...
 
 class ReserveReply(_message.Message):
     __slots__ = ("lease", "deadline_ns", "states", "offsets", "sizes")
@@ -251,21 +257,25 @@ class CommitReply(_message.Message):
     def __init__(self, count: _Optional[int] = ...) -> None: ...
 
 class PinRequest(_message.Message):
-    __slots__ = ("keys", "layout", "standalone", "lease_ns", "wait_ns")
+    __slots__ = ("keys", "layout", "standalone", "lease_ns", "wait_ns", "is_exact", "codecs")
     KEYS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     STANDALONE_FIELD_NUMBER: _ClassVar[int]
     LEASE_NS_FIELD_NUMBER: _ClassVar[int]
     WAIT_NS_FIELD_NUMBER: _ClassVar[int]
+    IS_EXACT_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     keys: bytes
     layout: bytes
     standalone: bool
     lease_ns: int
     wait_ns: int
-    def __init__(self, keys: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., standalone: bool = ..., lease_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ...) -> None: ...
+    is_exact: bool
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, keys: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., standalone: bool = ..., lease_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ..., is_exact: bool = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PinReply(_message.Message):
-    __slots__ = ("lease", "deadline_ns", "offsets", "sizes", "num_tokens", "checksums", "present", "ready")
+    __slots__ = ("lease", "deadline_ns", "offsets", "sizes", "num_tokens", "checksums", "present", "ready", "is_approximate", "codecs", "starts")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_NS_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
@@ -274,6 +284,9 @@ class PinReply(_message.Message):
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    IS_APPROXIMATE_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
     lease: int
     deadline_ns: int
     offsets: _containers.RepeatedScalarFieldContainer[int]
@@ -282,7 +295,10 @@ class PinReply(_message.Message):
     checksums: _containers.RepeatedScalarFieldContainer[int]
     present: bytes
     ready: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., present: _Optional[bytes] = ..., ready: _Optional[_Iterable[int]] = ...) -> None: ...
+    is_approximate: bytes
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    starts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, lease: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., checksums: _Optional[_Iterable[int]] = ..., present: _Optional[bytes] = ..., ready: _Optional[_Iterable[int]] = ..., is_approximate: _Optional[bytes] = ..., codecs: _Optional[_Iterable[str]] = ..., starts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WaitRequest(_message.Message):
     __slots__ = ("lease", "index", "size", "timeout_ns", "is_rest")
@@ -496,7 +512,7 @@ class ListRequest(_message.Message):
     def __init__(self, limit: _Optional[int] = ..., cursor: _Optional[int] = ..., category: _Optional[str] = ..., layout: _Optional[bytes] = ...) -> None: ...
 
 class ChunkInfo(_message.Message):
-    __slots__ = ("key", "parent", "layout", "start", "num_tokens", "category", "size", "tier", "codec", "pins", "is_held")
+    __slots__ = ("key", "parent", "layout", "start", "num_tokens", "category", "size", "tier", "codec", "pins", "is_held", "is_exact")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -508,6 +524,7 @@ class ChunkInfo(_message.Message):
     CODEC_FIELD_NUMBER: _ClassVar[int]
     PINS_FIELD_NUMBER: _ClassVar[int]
     IS_HELD_FIELD_NUMBER: _ClassVar[int]
+    IS_EXACT_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     parent: bytes
     layout: bytes
@@ -519,7 +536,8 @@ class ChunkInfo(_message.Message):
     codec: str
     pins: int
     is_held: bool
-    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., category: _Optional[str] = ..., size: _Optional[int] = ..., tier: _Optional[str] = ..., codec: _Optional[str] = ..., pins: _Optional[int] = ..., is_held: bool = ...) -> None: ...
+    is_exact: bool
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., category: _Optional[str] = ..., size: _Optional[int] = ..., tier: _Optional[str] = ..., codec: _Optional[str] = ..., pins: _Optional[int] = ..., is_held: bool = ..., is_exact: bool = ...) -> None: ...
 
 class ListReply(_message.Message):
     __slots__ = ("chunks", "cursor", "layouts")

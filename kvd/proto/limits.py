@@ -11,6 +11,10 @@ MESSAGE_SIZE_MAX = 128 << 10
 # packet as well.
 KEYS_MAX = 2048
 
+# Codecs that one Pin or Lookup may name, and letters of a name: as many as a bitstream has for it.
+CODECS_MAX = 16
+CODEC_SIZE_MAX = 16
+
 # Bytes of one Write or Read on gRPC, below its default message limit of 4 MiB.
 DATA_SIZE_MAX = 2 << 20
 

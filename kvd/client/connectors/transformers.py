@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ def attach(
     revision: str | None = None,
     timeout_s: float = TIMEOUT_S_DEFAULT,
     store_generated: bool = True,
+    exact_only: bool = False,
 ) -> Connector:
     """Have `model.generate` load from and store to `client`'s daemon, until `detach`.
 
@@ -80,6 +81,9 @@ def attach(
     the daemon may take `timeout_s`. With `store_generated`, chunks that generated tokens have
     completed are stored as well: the KV of the conversation as it was computed, token by token,
     where a prefill of the same text may differ in the last bits.
+
+    What is computed on top of approximate KV (of a lossy codec) is stored as approximate. With
+    `exact_only` no approximate KV is loaded.
 
     Raises `Unsupported` with the reason for a model that cannot be served exactly, and
     `InvalidRequest` for one that kvd is attached to already.
@@ -95,6 +99,7 @@ def attach(
         category=category,
         timeout_s=timeout_s,
         store_generated=store_generated,
+        exact_only=exact_only,
     )
 
 
@@ -110,6 +115,7 @@ class Connector:
         category: str,
         timeout_s: float,
         store_generated: bool,
+        exact_only: bool,
     ) -> None:
         self.layout = layout
         self.is_attached = True
@@ -118,6 +124,7 @@ class Connector:
         self._category = category
         self._timeout_s = timeout_s
         self._store_generated = store_generated
+        self._exact_only = exact_only
         self._device: torch.device = model.device
         self._state = state_of(model)
         self._recorder = Recorder(log)
@@ -192,10 +199,10 @@ class Connector:
         prompt: torch.Tensor = prompt_of(arguments)
         keys = self._keys(prompt[0])
         cache = empty_cache(self._model)
-        num_loaded = self._load(cache, keys, prompt.shape[1])
+        num_loaded, is_exact = self._load(cache, keys, prompt.shape[1])
         started_s = time.perf_counter()
         self._prefill(cache, prompt)
-        job = _Store(keys=keys, first=num_loaded, prefill_us=0)
+        job = _Store(keys=keys, first=num_loaded, prefill_us=0, is_exact=is_exact)
 
         def at_first_token() -> None:
             # The prompt is computed, its first token chosen: from here on nobody waits for it.
@@ -210,7 +217,7 @@ class Connector:
         if self._store_generated:
             sequence = result if isinstance(result, torch.Tensor) else result.sequences
             keys_now = self._keys(sequence[0, : cache.get_seq_length()])
-            rest = _Store(keys=keys_now, first=len(keys), prefill_us=job.prefill_us)
+            rest = replace(job, keys=keys_now, first=len(keys))
             self._submit(rest, cache)
         return result
 
@@ -226,19 +233,19 @@ class Connector:
         for start in range(cache.get_seq_length(), end, step):
             extend(self._model, cache, input_ids[:, start : start + step])
 
-    def _load(self, cache: Any, keys: Sequence[ChunkKey], num_tokens: int) -> int:
+    def _load(self, cache: Any, keys: Sequence[ChunkKey], num_tokens: int) -> tuple[int, bool]:
         """Fill `cache`, which is empty, with the leading chunks of a prompt of `num_tokens` tokens
-        that are in kvd; how many.
+        that are in kvd; how many, and whether all of them are exact.
 
         After a failure the cache is empty and the answer 0.
         """
         started_s = time.perf_counter()
         wanted = keys[: _num_prefilled(num_tokens, self.layout.chunk_tokens)]
         planes: list[Planes] = []
-        num_loaded = 0
+        num_loaded, is_exact = 0, True
         try:
             if wanted:
-                num_loaded, planes = self._read_prefix(wanted, num_tokens)
+                num_loaded, is_exact, planes = self._read_prefix(wanted, num_tokens)
         except KvdError as error:
             # Nothing was put into the cache.
             self._recorder.fail("load", error)
@@ -252,23 +259,30 @@ class Connector:
             loaded_size=self.layout.size(num_reused),
             load_s=time.perf_counter() - started_s,
         )
-        return num_loaded
+        return num_loaded, is_exact
 
-    def _read_prefix(self, keys: Sequence[ChunkKey], num_tokens: int) -> tuple[int, list[Planes]]:
-        """How many leading `keys` are in kvd, and their K and V of each layer."""
+    def _read_prefix(
+        self, keys: Sequence[ChunkKey], num_tokens: int
+    ) -> tuple[int, bool, list[Planes]]:
+        """How many leading `keys` are in kvd, whether they are exact, and their K and V of each
+        layer.
+        """
         # What this very process is storing comes sooner than it can be computed again.
         self._stores.wait_for(keys, self._timeout_s)
         with ExitStack() as stack:
             leases: list[Lease] = []
             for part in split_parts(keys):
-                lease = self._client.pin(self.layout, part, timeout_s=self._timeout_s)
+                lease = self._client.pin(
+                    self.layout, part, exact=self._exact_only, timeout_s=self._timeout_s
+                )
                 leases.append(stack.enter_context(lease))
                 if len(lease) < len(part):
                     break
             num_loaded = sum(map(len, leases))
+            is_exact = all(lease.all_exact for lease in leases)
             planes = self._read(leases, num_tokens) if num_loaded else []
         # Leaving the block has checked the leases: what was read are the chunks' bytes.
-        return num_loaded, planes
+        return num_loaded, is_exact, planes
 
     def _read(self, leases: Sequence[Lease], num_tokens: int) -> list[Planes]:
         """K and V of each layer with room for `num_tokens` tokens and more, the pinned chunks
@@ -329,6 +343,7 @@ class Connector:
             start=start * chunk_tokens,
             category=self._category,
             prefill_us=job.prefill_us,
+            exact=job.is_exact,
             timeout_s=self._timeout_s,
         )
         with reservation:
@@ -353,11 +368,14 @@ def _num_prefilled(num_tokens: int, chunk_tokens: int) -> int:
 
 @dataclass(slots=True)
 class _Store:
-    """Chunks `first` to the last of `keys`, to be cut out of `planes`."""
+    """Chunks `first` to the last of `keys`, to be cut out of `planes`; `is_exact` unless something
+    before them is approximate.
+    """
 
     keys: Sequence[ChunkKey]
     first: int
     prefill_us: int
+    is_exact: bool
     planes: list[Planes] = field(default_factory=list)
 
 
