@@ -45,6 +45,8 @@ class HuggingFaceSubject:
         self.weights = (f"revision={revision}",) if revision else _weights(model)
         # Past the model's own `float`, which refuses what came out of a GGUF file.
         self._model = torch.nn.Module.float(model).requires_grad_(False)
+        # Modules have no types for what they carry.
+        self._config: Any = model.config
         self.rope = self._find_rope()
 
     def encode(self, text: str) -> Tokens:
@@ -72,7 +74,7 @@ class HuggingFaceSubject:
 
     def _continue(self, kv: torch.Tensor, ids: Tokens) -> torch.Tensor:
         """Log probabilities float32 [tokens, vocabulary]."""
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache(config=self._config)
         for layer, planes in enumerate(kv):
             keys, values = (plane.transpose(0, 1)[None] for plane in planes)
             cache.update(keys, values, layer)
@@ -88,7 +90,7 @@ class HuggingFaceSubject:
         return log_probs
 
     def _cache_of(self, ids: Tokens) -> Any:
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache(config=self._config)
         extend(self._model, cache, torch.from_numpy(ids)[None])
         return cache
 
@@ -99,7 +101,7 @@ class HuggingFaceSubject:
         frequencies = _frequencies(self._model)
         if frequencies is None:
             return Rope()
-        ids = np.full(_ROPE_TOKENS, 7 % self._model.config.vocab_size, np.int64)
+        ids = np.full(_ROPE_TOKENS, 7 % self._config.vocab_size, np.int64)
         with torch.no_grad():
             keys = _stack(self._cache_of(ids))[0, 0].numpy()
         span = Span(start=0, num_tokens=_ROPE_TOKENS)

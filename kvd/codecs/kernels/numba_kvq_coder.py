@@ -82,6 +82,9 @@ def choose_tables(symbols: Any, classes: Any, costs: Any, ids: Any) -> None:
                     for magnitude in range(limit):
                         # Whole numbers below 2^53: exact.
                         count = np.float64(counts[begin + np.uint64(magnitude)])
+                        # Few tokens of a finer class are spread over many magnitudes.
+                        if count == 0.0:
+                            continue
                         for table in range(NUM_TABLES):
                             sums[table] += count * costs[index, magnitude, table]
             ids[first + channel] = _least(sums) if limit > 1 else 0

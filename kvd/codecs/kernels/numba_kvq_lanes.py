@@ -33,7 +33,8 @@ from kvd.codecs.tables import (
 )
 
 # Whether what Numba compiles for has vectors of 16 numbers, and expands them.
-IS_WIDE = "+avx512f" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+_CONTEXT: Any = cpu_target.target_context
+IS_WIDE = "+avx512f" in _CONTEXT.codegen().magic_tuple()[2].split(",")
 
 # Numba's own helpers have no types.
 cgutils: Any = untyped_cgutils
