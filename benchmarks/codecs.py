@@ -6,9 +6,9 @@ against bfloat16 and more where the model allows a coarser step. Lossless, a man
 a sign are noise and an exponent has 2.6 bits of entropy: 10.6 of 16, 1.5 times. CacheGen as LMCache
 ships it adds 560 bits of tables a channel and chunk, 2.2 bits a value of 256 tokens.
 
-    ratio_at_kl005_MODEL            >= 4.5  the coarsest level without a transform that is safe
-    ratio_at_kl005_transform_MODEL  >= 6    the same, of all levels
-    ratio_lossless_MODEL            >= 1.45 bf16
+    ratio_at_kl005_MODEL            >= 4.4, Qwen 5.5: the coarsest safe level without transform
+    ratio_at_kl005_transform_MODEL  >= 5.5, Qwen 7.5: of all levels
+    ratio_lossless_MODEL            >= 1.48 bf16
     cachegen_ratio_MODEL            <= ours what LMCache's CacheGen reaches
     cachegen_kl_MODEL               >= .005 and what it costs
     decode_GBps_core and others     as codec_speed.py and codecs_gpu.py measure them, short runs
@@ -84,7 +84,9 @@ if TYPE_CHECKING:
     from benchmarks.codec_judge import Continued, Document, Quality, Quiz
 
 KL_MAX = 0.005
-TARGETS = {"none": 4.5, "any": 6.0, "lossless": 1.45}
+TARGETS = {"none": 4.4, "any": 5.5, "lossless": 1.48}
+# Keys with large means leave more to gain.
+TARGETS_OF = {"qwen": {"none": 5.5, "any": 7.5, "lossless": 1.48}}
 
 # In the JSON only.
 HIDDEN = (
@@ -101,12 +103,12 @@ FOLDER = Path(__file__).parent
 SPEED, SPEED_GPU = "codec_speed.py", "codecs_gpu.py"
 # Our figure: what it is called there, and its target.
 SPEED_FIGURES = {
-    "entropy_decode_GBps_core": ("kvq_entropy_smollm2_decode", 1.0),
+    "entropy_decode_GBps_core": ("kvq_entropy_smollm2_decode", 0.8),
     "decode_GBps_core": ("kvq_none_smollm2_decode", 0.5),
     "encode_GBps_core": ("kvq_none_smollm2_encode", 0.3),
     "lossless_decode_GBps_core": ("bf16_qwen_decode", 1.5),
 }
-GPU_FIGURES = {"gpu_decode_GBps": ("kvq_gpu_decode_gbps", 10.0)}
+GPU_FIGURES = {"gpu_decode_GBps": ("kvq_gpu_decode_gbps", 100.0)}
 SPEED_S_MAX = 300.0
 
 
@@ -284,21 +286,22 @@ def _rate(value: float | None) -> float | None:
 
 def _figures(model: str, each: Sequence[Contender], found: dict[str, Quality]) -> list[Figure]:
     """The figures of one model."""
+    targets = TARGETS_OF.get(model, TARGETS)
     groups = {one.name: one.group for one in each}
     without = {name: found[name] for name in found if groups[name] == NO_TRANSFORM}
     levels = without | {name: found[name] for name in found if groups[name] == TRANSFORM}
-    ours = _coarsest(f"ratio_at_kl005_{model}", without, TARGETS["none"])
+    ours = _coarsest(f"ratio_at_kl005_{model}", without, targets["none"])
     lmcache = found[LMCACHE]
     return [
         ours,
-        _coarsest(f"ratio_at_kl005_transform_{model}", levels, TARGETS["any"]),
-        _figure(f"ratio_lossless_{model}", found[LOSSLESS], TARGETS["lossless"]),
+        _coarsest(f"ratio_at_kl005_transform_{model}", levels, targets["any"]),
+        _figure(f"ratio_lossless_{model}", found[LOSSLESS], targets["lossless"]),
         Figure(
             name=f"cachegen_ratio_{model}",
             value=lmcache.ratio,
             unit="ratio",
             # What has to be beaten: the target is our own.
-            target=ours.value or TARGETS["none"],
+            target=ours.value or targets["none"],
             at_least=False,
             samples=lmcache.num_next,
             ci95=None,
