@@ -15,11 +15,12 @@ import pytest
 from kvd.chunk import Extent, Placement
 from kvd.daemon.directory import Entry
 from kvd.daemon.room import has_room, make_room
+from kvd.errors import Unsupported
 from kvd.keys import ChunkKey
 from tests.crash_client import pattern
 from tests.tier_harness import LAYOUT, IndexFile, Node, key_of, keys_of, meta_of, quick
 from tests.tier_stories import becomes, entry_of, on, small_node
-from tests.toy_codec import ROW, toy_codecs
+from tests.toy_codec import ROW, Toy, toy_codecs
 
 PATH = [1, 2, 3]
 
@@ -149,6 +150,27 @@ def test_a_layout_that_a_codec_cannot_keep_stays_raw_and_is_told_once(
     on(small_node(tmp_path, codec="nvme=bf16,cpu=bf16"), story)
 
 
+def test_a_codec_that_could_not_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(node: Node) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Toy, "encode", refuse)
+            await on_disk_only(node, [1])
+            assert entry_of(node, [1]).placement.codec == "raw"
+        await on_disk_only(node, [2])
+        assert entry_of(node, [2]).placement.codec == "raw", "too early"
+        node.coder._refused = dict.fromkeys(node.coder._refused, 0.0)
+        await on_disk_only(node, [3])
+        assert entry_of(node, [3]).placement.codec == "toy/1"
+
+    on(small_node(tmp_path, codec="nvme=toy"), story)
+
+
+def refuse(*args: object) -> int:
+    raise Unsupported("no profile")
+
+
 def test_bytes_that_have_changed_in_memory_are_not_encoded(tmp_path: Path) -> None:
     async def story(node: Node) -> None:
         node.mover._rest_s, node.mover._rest_until = 1.0, asyncio.get_running_loop().time() + 60
@@ -251,6 +273,36 @@ class TestPacked:
             await assert_reads(node, PATH)
             memory = [entry.in_memory for entry in entries_of(node, PATH)]
             assert not any(placement is None or placement.is_exact for placement in memory)
+
+        on(memory_node(tmp_path, "cpu=toy:lossy"), story)
+
+    @pytest.mark.parametrize("codec", ["cpu=toy,nvme=toy", "cpu=toy:lossy,nvme=toy:lossy"])
+    def test_what_disk_keeps_alike_is_encoded_once(self, tmp_path: Path, codec: str) -> None:
+        async def story(node: Node) -> None:
+            node.put(PATH)
+            await becomes(lambda: all(e.packed for e in entries_of(node, PATH)), "never packed")
+            await node.persist(entries_of(node, PATH))
+            for entry in entries_of(node, PATH):
+                assert entry.packed is not None
+                assert entry.on_disk is not None
+                assert entry.on_disk.codec == entry.packed.codec
+                assert entry.on_disk.is_exact == entry.packed.is_exact
+            assert node.store.counters["encode_chunks"] == 0
+            for entry in entries_of(node, PATH):
+                node.store.transit.unpack(entry)
+                node.store._evict(entry)
+            await assert_reads(node, PATH)
+
+        on(memory_node(tmp_path, codec), story)
+
+    def test_what_is_approximate_goes_to_disk_as_it_is_packed(self, tmp_path: Path) -> None:
+        async def story(node: Node) -> None:
+            await packed_only(node, PATH)
+            await assert_reads(node, PATH)
+            await node.persist(entries_of(node, PATH))
+            for entry in entries_of(node, PATH):
+                assert entry.on_disk is not None
+                assert (entry.on_disk.codec, entry.on_disk.is_exact) == ("toy-lossy/1", False)
 
         on(memory_node(tmp_path, "cpu=toy:lossy"), story)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from kvd.chunk import Extent, Placement
@@ -11,7 +12,7 @@ from kvd.daemon.directory import Entry
 class Arrival:
     """`entry` is being read into `extent`; its first `ready` bytes are there, verified.
 
-    `ready` may be raised by any thread; `notify` belongs to the event loop.
+    `reach` is for any thread; the rest belongs to the event loop.
     """
 
     __slots__ = ("_waiting", "entry", "extent", "ready", "source")
@@ -24,14 +25,15 @@ class Arrival:
         self.ready = 0
         self._waiting: list[Callable[[], None]] = []
 
-    @property
-    def is_awaited(self) -> bool:
-        """Whether somebody wants to hear of progress."""
-        return bool(self._waiting)
-
     def watch(self, callback: Callable[[], None]) -> None:
         """Call back once, at the next progress or at the end."""
         self._waiting.append(callback)
+
+    def reach(self, ready: int, loop: asyncio.AbstractEventLoop) -> None:
+        """So many leading bytes are there: said by the thread that brought them."""
+        self.ready = ready
+        if self._waiting:
+            loop.call_soon_threadsafe(self.notify)
 
     def notify(self) -> None:
         """There is progress, or it has ended: those who watch are called."""

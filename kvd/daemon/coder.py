@@ -50,6 +50,9 @@ T = TypeVar("T")
 # layer by layer can begin early, and the header is not read once for each layer.
 LAYERS_FIRST = 1
 
+# A layout that could not be encoded is tried again after this long: its profile may have come.
+REFUSED_S = 30.0
+
 
 class Encoded(NamedTuple):
     """A chunk as a tier keeps it: `uint8 [size]`, by which codec, and whether bit for bit."""
@@ -69,8 +72,8 @@ class Coder:
         # By spec, for encoding, and by the name that stands in a bitstream, for decoding.
         self._by_spec: dict[str, Codec] = {}
         self._by_name: dict[str, Codec] = {}
-        # Layouts that a spec cannot keep, told once.
-        self._refused: set[tuple[str, bytes]] = set()
+        # Layouts that a spec cannot keep, told once, and when they are tried again.
+        self._refused: dict[tuple[str, bytes], float] = {}
 
     def open_all(self) -> None:
         """Open every codec that the rules name. Raises `ConfigError` for one that is not here."""
@@ -84,8 +87,6 @@ class Coder:
     async def warm_up(self) -> None:
         """Have all of them compiled: a first chunk must not wait for that."""
         started = time.monotonic()
-        if "kvq/1" in self._by_name:
-            _keep_products_to_one_thread()
         # Levels of a codec are compiled together.
         specs = {spec.partition(":")[0]: spec for spec in self._by_spec}
         for name, spec in specs.items():
@@ -96,9 +97,17 @@ class Coder:
     def encodes(self, tier: str, meta: ChunkMeta, source: Placement) -> bool:
         """Whether the rules want a chunk encoded in a tier, and that can be, from `source`."""
         spec = self._rules.of(tier, meta.category)
-        if spec == RAW or (spec, meta.layout) in self._refused:
+        if spec == RAW or time.monotonic() < self._refused.get((spec, meta.layout), 0.0):
             return False
         return source.is_exact or self._codec(spec).is_exact
+
+    def is_kept_as_packed(self, meta: ChunkMeta, source: Placement, packed: Placement) -> bool:
+        """Whether disk has of a chunk what packed memory has: the rules say the same of both, or
+        `source`, the raw copy, is no more than what `packed` decodes to.
+        """
+        if not source.is_exact:
+            return True
+        return self._rules.of("cpu", meta.category) == self._rules.of("nvme", meta.category)
 
     async def encode(
         self,
@@ -140,8 +149,9 @@ class Coder:
 
     def _refuse(self, spec: str, meta: ChunkMeta, error: Unsupported) -> None:
         # Several chunks of a layout may have been on their way.
-        if (spec, meta.layout) not in self._refused:
-            self._refused.add((spec, meta.layout))
+        is_new = (spec, meta.layout) not in self._refused
+        self._refused[spec, meta.layout] = time.monotonic() + REFUSED_S
+        if is_new:
             layout = short(meta.layout)
             log.warning("event=not_encoded codec=%s layout=%s reason=%r", spec, layout, str(error))
 
@@ -170,6 +180,7 @@ class Coder:
 
     def _codec(self, spec: str) -> Codec:
         if spec not in self._by_spec:
+            _keep_products_to_one_thread()
             codec = self._by_spec[spec] = open_codec(spec, self._profiles)
             self._by_name.setdefault(codec.name, codec)
         return self._by_spec[spec]

@@ -458,6 +458,11 @@ class Mover:
         """What is written of a chunk: here alone its bytes become stored ones."""
         placement, meta = entry.in_memory, entry.meta
         assert placement is not None
+        packed = entry.packed
+        if packed is not None and self._coder.is_kept_as_packed(meta, placement, packed):
+            assert self._store.memory.packed is not None
+            bitstream = self._store.memory.packed.tier.view(packed.extent).copy()
+            return Payload(bitstream, packed.codec, packed.is_exact, None)
         view = self._store.tier.view(placement.extent)
         if self._coder.encodes("nvme", meta, placement):
             layout = self._store.layouts.get(meta.layout)

@@ -257,18 +257,11 @@ class PackedMemory:
     async def _unpack(self, arrival: Arrival) -> None:
         meta = arrival.entry.meta
         out = self._store.tier.view(arrival.extent)
-        tell = partial(self._loop.call_soon_threadsafe, arrival.notify)
-
-        def progress(ready: int) -> None:
-            arrival.ready = ready
-            if arrival.is_awaited:
-                tell()
-
+        layout = self._store.layouts[meta.layout]
+        progress = partial(arrival.reach, loop=self._loop)
         try:
             bitstream = self.tier.view(arrival.source.extent)
-            await self._coder.decode(
-                bitstream, meta, self._store.layouts[meta.layout], out, progress
-            )
+            await self._coder.decode(bitstream, meta, layout, out, progress)
         except KvdError as error:
             log.error("event=not_decoded chunk=%s reason=%r", short(meta.key), str(error))
             self._store.counters["decode_errors"] += 1

@@ -148,12 +148,7 @@ class Promoter:
         """
         extent = placement.extent
         out = self._store.tier.view(arrival.extent)
-        tell = partial(self._loop.call_soon_threadsafe, arrival.notify)
-
-        def progress(ready: int) -> None:
-            arrival.ready = ready
-            if arrival.is_awaited:
-                tell()
+        progress = partial(arrival.reach, loop=self._loop)
 
         def check(header: RecordHeader) -> None:
             check_label(arrival.entry.meta, header.label)
