@@ -629,6 +629,29 @@ def test_every_text_is_judged(subject: HuggingFaceSubject, monkeypatch: pytest.M
     assert {chr(case.context[0]) for case in judged_on[0]} == set("abcde")
 
 
+def test_dither_is_chosen_for_each_level_by_what_it_costs_there(
+    subject: HuggingFaceSubject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finest level too: on SmolLM2 dither halves the KL there."""
+
+    class Told:
+        """At level "1" dither costs more, at the others less."""
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def judge(self, profile: Profile, name: str) -> Judged:
+            (level,) = profile.levels
+            kl = 0.02 if level.is_dithered == (name == "1") else 0.01
+            return replace(judged_of(), kl=kl, bits=3.0)
+
+    monkeypatch.setattr(calibration, "Gate", Told)
+    levels = tuple(Level(name=str(index), scale=2.0**index) for index in range(4))
+    joint = Level(name="0-head", scale=1.0, transform="head")
+    profile = profile_of(levels=(*levels, joint))
+    chosen = calibration._choose_dither(subject, profile, [], lambda *_: None)
+    assert [level.is_dithered for level in chosen.levels] == [True, False, True, True, False]
+
+
 def stop(*_: Any) -> Any:
     raise InterruptedError
 

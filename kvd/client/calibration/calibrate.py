@@ -18,8 +18,7 @@ from kvd.errors import InvalidRequest
 
 # Scales of levels 0, 1, 2, ...: each costs twice the KL of the one before, and half a bit less.
 NUM_LEVELS = 8
-# From here on dithered and plain rounding are compared; below neither shows.
-LEVEL_COMPARED = 3
+# What dithered and plain rounding are compared on.
 _COMPARED_WINDOWS = 2
 # Every second window is one of facts to recite: steps chosen on text that merely goes on lose them.
 _FACTS_EVERY = 2
@@ -158,13 +157,13 @@ def _choose_dither(
     subject: Subject, profile: Profile, windows: Sequence[Case], report: Report
 ) -> Profile:
     """The profile with dither at those levels without transform that are the better for it: on some
-    models, and at coarse steps, rounding errors of one channel add up.
+    models rounding errors of one channel add up. A transform spreads them already.
     """
     gate = Gate(subject, windows)
     levels: list[Level] = []
     for index, level in enumerate(profile.levels):
         report("rounding", index, len(profile.levels))
-        if level.transform == "none" and index >= LEVEL_COMPARED:
+        if level.transform == "none":
             level = _better(gate, profile, level)
         levels.append(level)
     report("rounding", len(profile.levels), len(profile.levels))
