@@ -1,0 +1,226 @@
+"""vLLM: a KV connector that loads the longest known prefix of each prompt from kvd and stores what
+is computed.
+
+    vllm serve MODEL --kv-transfer-config '{"kv_connector": "KvdConnector", "kv_role": "kv_both",
+        "kv_connector_module_path": "kvd.client.connectors.vllm"}'
+
+vLLM makes one of these in its scheduler and one in each worker. Nothing that goes wrong with kvd
+reaches a request: what cannot be found or loaded is computed, what cannot be stored is not. An
+engine whose KV cannot be served exactly runs as if there were no connector, and the log says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from kvd.client.client import Client, connect
+from kvd.client.connectors.late_client import LateClient
+from kvd.client.connectors.vllm_finder import Finder
+from kvd.client.connectors.vllm_identity import Engine, engine_of
+from kvd.client.connectors.vllm_metrics import KvdPromMetrics, KvdStats
+from kvd.client.connectors.vllm_options import parse_options
+from kvd.client.connectors.vllm_plan import Plan
+from kvd.client.connectors.vllm_scheduler import SchedulerSide
+from kvd.client.connectors.vllm_stats import Tally
+from kvd.client.connectors.vllm_worker import Results, WorkerSide
+from kvd.errors import Unsupported
+
+log = logging.getLogger("kvd.vllm")
+
+
+class KvdMetadata(base.KVConnectorMetadata):  # type: ignore[misc]  # vLLM carries no types here
+    """A step's plan, on its way from the scheduler to the workers."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+
+class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[misc]  # as above
+    """What vLLM loads. Options: `Options`, as `kv_connector_extra_config`; for a request,
+    `RequestOptions` as `kv_transfer_params["kvd"]`. Raises `ConfigError` for options that cannot
+    be.
+    """
+
+    _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = vllm_config.kv_transfer_config
+        self._options = parse_options(transfer.kv_connector_extra_config, role=transfer.kv_role)
+        # vLLM's default ends a request whose load failed. A cache has no right to that.
+        transfer.kv_load_failure_policy = "recompute"
+        self._tally = Tally(log)
+        self._bad_blocks: set[int] = set()
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._engine: Engine | None = None
+        self._client = LateClient(self._attach)
+        try:
+            self._engine = engine_of(vllm_config, kv_cache_config, self._options)
+        except Unsupported as error:
+            log.warning("event=not_served reason=%r", str(error))
+            return
+        if role is base.KVConnectorRole.SCHEDULER:
+            finder = Finder(self._client, self._engine, self._options)
+            self._scheduler = SchedulerSide(self._engine, finder, self._options, self._tally)
+
+    def _attach(self) -> Client:
+        return connect(
+            self._options.socket or None,
+            name=f"vllm-{self._role.name.lower()}",
+            verify=self._options.verify,
+            timeout_s=self._options.lookup_s,
+        )
+
+    # The scheduler's side.
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        count = self._scheduler.matched(request, num_computed_tokens)
+        return count, bool(count)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._scheduler is not None:
+            self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KvdMetadata:
+        if self._scheduler is None:
+            return KvdMetadata(Plan())
+        return KvdMetadata(self._scheduler.plan(scheduler_output))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if self._scheduler is not None:
+            self._scheduler.loaded(
+                connector_output.finished_recving or (),
+                getattr(connector_output, "failed_recving", None) or (),
+                set(connector_output.invalid_block_ids or ()),
+            )
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is not None:
+            self._scheduler.finished(request)
+        return False, None
+
+    def reset_cache(self) -> bool | None:
+        # Asked for when weights have changed in place: what is stored is of the old ones.
+        if self._scheduler is not None:
+            self._scheduler.forget_everything(os.urandom(16))
+        return True
+
+    # A worker's side.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._engine is None:
+            return
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+        rank = get_tensor_model_parallel_rank()
+        try:
+            self._worker = WorkerSide(
+                self._engine, self._client, self._options, self._tally, kv_caches, rank=rank
+            )
+        except Unsupported as error:
+            log.warning("event=not_served rank=%d reason=%r", rank, str(error))
+
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        plan = kv_connector_metadata.plan
+        if self._worker is not None and plan.new_blocks:
+            self._worker.make_way(plan.new_blocks)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        if self._worker is not None:
+            self._worker.start_loads(self._plan.loads)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are whole before the engine computes on top of them."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **_: Any) -> None:
+        """Chunks are saved when the step has been launched, all layers together."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.start_saves(self._plan.saves)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        # How versions before `get_transfer_results` ask.
+        return None, self._results().ended
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        found = self._results()
+        return base.KVConnectorTransferResults(
+            finished_recving=found.ended,
+            failed_recving=found.failed if self._has_groups else set(),
+        )
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        # With several groups a number does not tell whose block it is: requests fail as a whole.
+        found, self._bad_blocks = self._bad_blocks, set()
+        return set() if self._has_groups else found
+
+    def shutdown(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.close()
+        if self._worker is not None:
+            self._worker.close()
+        self._client.close()
+
+    @property
+    def _plan(self) -> Plan:
+        plan: Plan = self._get_connector_metadata().plan
+        return plan
+
+    @property
+    def _has_groups(self) -> bool:
+        return self._engine is not None and len(self._engine.groups) > 1
+
+    def _results(self) -> Results:
+        plan = self._plan
+        if self._worker is not None:
+            found = self._worker.results(is_idle=plan.is_idle)
+        else:
+            # Nobody here can load: the engine must not wait for it.
+            names = {load.request for load in plan.loads}
+            bad = {b for load in plan.loads for ps in load.pieces for p in ps for b in p.blocks}
+            found = Results(names, names, bad)
+        self._bad_blocks = found.bad_blocks
+        return found
+
+    # Either side.
+
+    def get_kv_connector_stats(self) -> KvdStats | None:
+        counts = self._tally.take()
+        return KvdStats(counts) if counts else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KvdStats:
+        return KvdStats(data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KvdPromMetrics:
+        return KvdPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,225 @@
+"""What the daemon has of a prompt, asked on a thread of its own: the scheduler never waits for it
+longer than a moment.
+
+What is found is pinned until the load has ended, by every rank's key: a hit counts only as far as
+every rank has it, and every group as much of it as it needs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from kvd.client.client import split_parts
+from kvd.client.connectors.late_client import LateClient
+from kvd.client.connectors.vllm_identity import Engine, Group
+from kvd.client.connectors.vllm_options import Options
+from kvd.client.connectors.vllm_plan import key_of
+from kvd.client.lease import Lease
+from kvd.errors import DeadlineExceeded, KvdError
+
+# The answer usually comes within this: less than another step of the engine takes.
+INLINE_S = 0.005
+
+# After an answer that came too late nobody asks for this long.
+REST_S = 1.0
+
+# Ends of a hit that are tried where groups with a window lack their part of the longest.
+ENDS_MAX = 8
+
+# What a load may take longer than planned before its chunks can be evicted.
+LEASE_MARGIN_S = 5.0
+
+# A prompt that has to wait for room is looked at in every step; what was not there is asked for
+# again after this long.
+MISS_S = 0.5
+
+
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """The first `num_tokens` tokens of a prompt are pinned by `leases`. `reason` says why it is not
+    more, where that is not that nobody stored it.
+    """
+
+    num_tokens: int = 0
+    is_exact: bool = True
+    reason: str = "absent"
+    detail: str = ""
+    leases: list[Lease] = field(default_factory=list)
+    at_s: float = field(default_factory=time.monotonic)
+
+    def release(self) -> None:
+        """Let the chunks go."""
+        leases, self.leases = self.leases, []
+        for lease in leases:
+            with suppress(KvdError):
+                if not lease.is_released:
+                    lease.release()
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it is still so, and the pins last for a load."""
+        if not self.leases:
+            return time.monotonic() < self.at_s + MISS_S
+        return all(
+            lease.deadline_ns - time.monotonic_ns() > LEASE_MARGIN_S * 0.5e9
+            and not lease.is_released
+            for lease in self.leases
+        )
+
+
+class Question:
+    """One prompt's, under way or answered."""
+
+    def __init__(self, future: Future[Found], give_up: float) -> None:
+        self._future = future
+        self._give_up = give_up
+
+    def answer(self, wait_s: float) -> Found | None:
+        """What was found; None while that is not known. Too late is nothing."""
+        with suppress(TimeoutError):
+            return self._future.result(timeout=wait_s)
+        if time.monotonic() < self._give_up:
+            return None
+        self.abandon()
+        return Found(reason="slow")
+
+    def abandon(self) -> None:
+        """Nobody wants to know any more."""
+        self._future.cancel()
+        self._future.add_done_callback(_release)
+
+
+class Finder:
+    """Asks `client`'s daemon for prompts of `engine`."""
+
+    def __init__(self, client: LateClient, engine: Engine, options: Options) -> None:
+        self._client = client
+        self._engine = engine
+        self._options = options
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvd-find")
+        self._rest_until = 0.0
+
+    def ask(self, names: Sequence[bytes], tails: Sequence[tuple[int, bytes]]) -> Question:
+        """Ask for a prompt: `names` of its whole chunks, and `tails`, shorter pieces behind the
+        last of them by the token where they end, the longest first.
+        """
+        give_up = time.monotonic() + self._options.lookup_s
+        return Question(self._thread.submit(self._find, names, tails, give_up), give_up)
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _find(
+        self, names: Sequence[bytes], tails: Sequence[tuple[int, bytes]], give_up: float
+    ) -> Found:
+        if time.monotonic() < self._rest_until:
+            return Found(reason="slow", detail="it was slow a moment ago")
+        found = Found()
+        try:
+            self._pin_all(found, names, tails, give_up)
+        except KvdError as error:
+            found.release()
+            is_slow = isinstance(error, DeadlineExceeded)
+            if is_slow:
+                self._rest_until = time.monotonic() + REST_S
+            return Found(reason="slow" if is_slow else "unavailable", detail=str(error))
+        except BaseException:
+            found.release()
+            raise
+        return found
+
+    def _pin_all(
+        self,
+        found: Found,
+        names: Sequence[bytes],
+        tails: Sequence[tuple[int, bytes]],
+        give_up: float,
+    ) -> None:
+        full = [group for group in self._engine.groups if group.kind == "full"]
+        windows = [group for group in self._engine.groups if group.kind == "window"]
+        end = len(names) * self._engine.chunk_tokens
+        for group in full:
+            for rank in range(len(group.layouts)):
+                count = self._pin_chain(found, group, rank, names, give_up)
+                end = min(end, count * self._engine.chunk_tokens)
+        by_end = {(index + 1) * self._engine.chunk_tokens: n for index, n in enumerate(names)}
+        ends = list(range(end, 0, -self._engine.chunk_tokens))[:ENDS_MAX]
+        if end == len(names) * self._engine.chunk_tokens:
+            by_end |= dict(tails)
+            ends = [*self._common_tails(found, full, tails, give_up), *ends]
+        for end in ends if windows else ends[:1]:
+            if all(self._pin_window(found, group, end, by_end, give_up) for group in windows):
+                found.num_tokens = end
+                break
+        found.is_exact = all(lease.all_exact for lease in found.leases)
+
+    def _pin_chain(
+        self, found: Found, group: Group, rank: int, names: Sequence[bytes], give_up: float
+    ) -> int:
+        """How many leading chunks a rank has."""
+        layout = group.layouts[rank]
+        keys = [key_of(layout, name) for name in names]
+        count = 0
+        for part in split_parts(keys) if keys else ():
+            lease = self._pin(group, rank, part, give_up, standalone=False)
+            found.leases.append(lease)
+            count += len(lease)
+            if len(lease) < len(part):
+                break
+        return count
+
+    def _common_tails(
+        self,
+        found: Found,
+        full: Sequence[Group],
+        tails: Sequence[tuple[int, bytes]],
+        give_up: float,
+    ) -> list[int]:
+        """Ends of the tails that every rank has, the longest first."""
+        ends = [end for end, _ in tails]
+        for group in full if tails else ():
+            for rank, layout in enumerate(group.layouts):
+                keys = {key_of(layout, name): end for end, name in tails if end in ends}
+                lease = self._pin(group, rank, list(keys), give_up, standalone=True)
+                found.leases.append(lease)
+                ends = [keys[key] for key in lease.keys]
+                if not ends:
+                    return []
+        return ends
+
+    def _pin_window(
+        self, found: Found, group: Group, end: int, names: dict[int, bytes], give_up: float
+    ) -> bool:
+        """Whether every rank has what a group with a window needs to go on at `end`."""
+        wanted = [names[each] for each in group.ends_needed(end)]
+        for rank, layout in enumerate(group.layouts):
+            keys = [key_of(layout, name) for name in wanted]
+            lease = self._pin(group, rank, keys, give_up, standalone=True)
+            found.leases.append(lease)
+            if len(lease) < len(keys):
+                return False
+        return True
+
+    def _pin(
+        self, group: Group, rank: int, keys: Sequence[bytes], give_up: float, *, standalone: bool
+    ) -> Lease:
+        return self._client.pin(
+            group.layouts[rank],
+            keys,
+            standalone=standalone,
+            exact=self._options.exact_only,
+            wait=False,
+            wait_s=0.0,
+            lease_s=self._options.lookup_s + self._options.load_s + LEASE_MARGIN_S,
+            timeout_s=max(give_up - time.monotonic(), 0.001),
+        )
+
+
+def _release(future: Future[Found]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().release()

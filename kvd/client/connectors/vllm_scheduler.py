@@ -1,0 +1,347 @@
+"""The scheduler's side of the connector: which prompts are in kvd, and what the workers move.
+
+    a prompt comes ─► matched: found so far? ─► allocated: its blocks ─► plan: load, then compute
+    a step is planned ─► plan: chunks that will be complete when it ends are saved
+
+Nothing here waits for the daemon longer than `INLINE_S`, and nothing is kept for it: blocks are
+freed as the engine likes, and a worker that is still reading from some that are about to be written
+hears of it first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+from kvd.client.connectors.vllm_finder import INLINE_S, Finder, Found, Question
+from kvd.client.connectors.vllm_identity import Engine, Group, hash_space
+from kvd.client.connectors.vllm_options import Options, RequestOptions, request_options
+from kvd.client.connectors.vllm_plan import Load, Piece, Plan, Save
+from kvd.client.connectors.vllm_stats import Tally
+from kvd.proto.limits import KEYS_MAX
+
+log = logging.getLogger("kvd.vllm")
+
+# Block hashes of which the KV is known to be approximate, at most.
+APPROXIMATE_MAX = 1 << 16
+
+Blocks = tuple[list[int], ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tracked:
+    """A request that the engine has. `request` is vLLM's own, whose hashes grow with it."""
+
+    request: Any
+    options: RequestOptions
+    blocks: Blocks
+    names: list[bytes] = field(default_factory=list)
+    question: Question | None = None
+    found: Found | None = None
+    # Where the engine's own hit ends, as it stood when the answer was given.
+    local_tokens: int = 0
+    # Up to here pieces were given to be saved.
+    saved_tokens: int = 0
+    has_saved_tail: bool = False
+    is_missed: bool = False
+    has_failed: bool = False
+    is_exact: bool = True
+
+
+class SchedulerSide:
+    """Plans for `engine`, with what `finder` finds."""
+
+    def __init__(self, engine: Engine, finder: Finder, options: Options, tally: Tally) -> None:
+        self._engine = engine
+        self._finder = finder
+        self._options = options
+        self._tally = tally
+        self._requests: dict[str, _Tracked] = {}
+        self._loads: list[Load] = []
+        # Pins of loads under way, and the blocks that they fill.
+        self._pinned: dict[str, tuple[Found, set[int]]] = {}
+        self._approximate: OrderedDict[bytes, None] = OrderedDict()
+        self._space: bytes | None = None
+        self._epoch = b""
+
+    def matched(self, request: Any, num_computed: int) -> int | None:
+        """How many tokens beyond `num_computed` can be loaded; None while that is not known."""
+        tracked = self._track(request)
+        if not (self._options.loads and tracked.options.load):
+            self._miss(tracked, "not_wanted")
+            return 0
+        if tracked.has_failed:
+            # vLLM asks again after a load that failed: once is enough.
+            return 0
+        found = self._found(tracked)
+        if found is None:
+            return None
+        tracked.found, tracked.local_tokens = found, num_computed
+        num_new = found.num_tokens - num_computed
+        if num_new >= max(self._options.min_hit_tokens, 1):
+            return num_new
+        reason = found.reason
+        if found.num_tokens:
+            reason = "local" if num_new <= 0 else "short"
+        found.release()
+        tracked.found = Found(reason=reason)
+        self._miss(tracked, reason, found.detail)
+        return 0
+
+    def allocated(self, request: Any, blocks: Blocks, num_external: int) -> None:
+        """The request has these blocks; `num_external` tokens of what was found are wanted."""
+        tracked = self._track(request)
+        found, tracked.found = tracked.found or Found(), None
+        if not num_external:
+            found.release()
+            return
+        # From here on the engine waits until a worker has said that the load has ended.
+        end = tracked.local_tokens + num_external
+        load = self._load(tracked, blocks, tracked.local_tokens, end)
+        self._loads.append(load)
+        filled = {block for pieces in load.pieces for piece in pieces for block in piece.blocks}
+        self._pinned[request.request_id] = found, filled
+        self._tally.add(hits=1, hit_tokens=num_external)
+        if not found.is_exact:
+            self._remember_approximate(tracked, tracked.local_tokens)
+
+    def plan(self, output: Any) -> Plan:
+        """What the workers move in this step of `SchedulerOutput`."""
+        plan = Plan(loads=self._loads, is_idle=not output.total_num_scheduled_tokens)
+        self._loads = []
+        for load in plan.loads:
+            for pieces in load.pieces:
+                for piece in pieces:
+                    plan.new_blocks.update(piece.blocks)
+        computed = dict(self._scheduled(output, plan.new_blocks))
+        for request, start in computed.items():
+            tracked = self._requests.get(request)
+            if tracked is not None:
+                # Drafts of speculative decoding are no tokens yet.
+                end = start + output.num_scheduled_tokens[request]
+                self._save(plan, tracked, start, min(end, tracked.request.num_tokens))
+        return plan
+
+    def loaded(self, ended: Iterable[str], failed: Iterable[str], bad_blocks: set[int]) -> None:
+        """Loads have ended. Those in `failed`, and those into `bad_blocks`, are not tried again."""
+        failed = set(failed)
+        for request in ended:
+            found, filled = self._pinned.pop(request, (Found(), set()))
+            found.release()
+            tracked = self._requests.get(request)
+            if tracked is not None and (request in failed or not filled.isdisjoint(bad_blocks)):
+                tracked.has_failed = True
+
+    def finished(self, request: Any) -> None:
+        """The engine forgets the request; a load under way goes on."""
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is None:
+            return
+        if tracked.question is not None:
+            tracked.question.abandon()
+        if tracked.found is not None:
+            tracked.found.release()
+
+    def forget_everything(self, epoch: bytes) -> None:
+        """The engine's weights may be others now: nothing that was stored is found any more."""
+        self._epoch = epoch
+        self._space = None
+        for tracked in self._requests.values():
+            tracked.names.clear()
+
+    def close(self) -> None:
+        """Let all pins go."""
+        for tracked in self._requests.values():
+            if tracked.found is not None:
+                tracked.found.release()
+        for found, _ in self._pinned.values():
+            found.release()
+        self._finder.close()
+
+    # Finding.
+
+    def _track(self, request: Any) -> _Tracked:
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.request is not request:
+            options = request_options(request.kv_transfer_params)
+            tracked = _Tracked(request=request, options=options, blocks=())
+            self._requests[request.request_id] = tracked
+        return tracked
+
+    def _found(self, tracked: _Tracked) -> Found | None:
+        if tracked.found is not None:
+            if tracked.found.is_good:
+                return tracked.found
+            tracked.found.release()
+            tracked.found = None
+        if tracked.question is None:
+            names, tails = self._wanted(tracked)
+            if not names and not tails:
+                return Found(reason="short")
+            tracked.question = self._finder.ask(names, tails)
+            answer = tracked.question.answer(INLINE_S)
+        else:
+            answer = tracked.question.answer(0.0)
+        if answer is not None:
+            tracked.question = None
+        return answer
+
+    def _wanted(self, tracked: _Tracked) -> tuple[list[bytes], list[tuple[int, bytes]]]:
+        """Names of a prompt's whole chunks, and of tails behind the last, the longest first."""
+        names = self._names(tracked)
+        chunk_tokens, step = self._engine.chunk_tokens, self._engine.block_size
+        last = len(names) * chunk_tokens
+        num_tokens = len(tracked.request.block_hashes) * self._engine.hash_block_size
+        tails = []
+        if self._options.store_tails:
+            ends = range(last + step, min(num_tokens, last + chunk_tokens - 1) + 1, step)
+            tails = [(end, self._name(tracked, end)) for end in ends][::-1]
+        return names[:KEYS_MAX], tails if len(names) <= KEYS_MAX else []
+
+    def _names(self, tracked: _Tracked) -> list[bytes]:
+        """Names of the whole chunks that the request has tokens for."""
+        per_chunk = self._engine.chunk_tokens // self._engine.hash_block_size
+        num_chunks = len(tracked.request.block_hashes) // per_chunk
+        for index in range(len(tracked.names), num_chunks):
+            tracked.names.append(self._name(tracked, (index + 1) * self._engine.chunk_tokens))
+        return tracked.names
+
+    def _name(self, tracked: _Tracked, end: int) -> bytes:
+        """The name of the piece that ends at a token: the engine's hash of the block before it, in
+        its name space.
+        """
+        if self._space is None:
+            self._space = hash_space(self._engine.hash_block_size) + self._epoch
+        block_hash = tracked.request.block_hashes[end // self._engine.hash_block_size - 1]
+        return blake2b(self._space + bytes(block_hash), digest_size=32).digest()
+
+    def _miss(self, tracked: _Tracked, reason: str, detail: str = "") -> None:
+        # A prompt that waits for room is looked at again and again.
+        if not tracked.is_missed:
+            tracked.is_missed = True
+            self._tally.miss(reason, tracked.request.request_id, detail)
+
+    # Loading.
+
+    def _load(self, tracked: _Tracked, blocks: Blocks, start: int, end: int) -> Load:
+        pieces = []
+        for group in self._engine.groups:
+            ends = [each for each in group.ends_needed(end) if each > start][::-1]
+            found = [self._piece(tracked, group, each, blocks[group.index]) for each in ends]
+            pieces.append(tuple(found))
+        return Load(request=tracked.request.request_id, first_token=start, pieces=tuple(pieces))
+
+    def _piece(self, tracked: _Tracked, group: Group, end: int, blocks: Sequence[int]) -> Piece:
+        start = group.first_useful(end)
+        covered = blocks[start // group.block_size : end // group.block_size]
+        return Piece(self._name(tracked, end), start, end, tuple(covered))
+
+    # Saving.
+
+    def _scheduled(self, output: Any, new_blocks: set[int]) -> Iterable[tuple[str, int]]:
+        """The requests of a step, with how many of their tokens were computed before; their block
+        tables are brought up to date on the way.
+        """
+        for new in output.scheduled_new_reqs:
+            tracked = self._requests.get(new.req_id)
+            if tracked is not None:
+                tracked.blocks = tuple(list(ids) for ids in new.block_ids)
+                for group in self._engine.groups:
+                    own = new.num_computed_tokens // group.block_size
+                    new_blocks.update(new.block_ids[group.index][own:])
+            yield new.req_id, new.num_computed_tokens
+        cached = output.scheduled_cached_reqs
+        for index, request in enumerate(cached.req_ids):
+            tracked, added = self._requests.get(request), cached.new_block_ids[index]
+            if tracked is not None and added is not None:
+                is_resumed = request in cached.resumed_req_ids
+                before = tuple([] for _ in added) if is_resumed else tracked.blocks
+                tracked.blocks = tuple(
+                    [*ids, *more] for ids, more in zip(before, added, strict=True)
+                )
+                for ids in added:
+                    new_blocks.update(ids)
+            yield request, cached.num_computed_tokens[index]
+
+    def _save(self, plan: Plan, tracked: _Tracked, start: int, end: int) -> None:
+        """Have what is complete at `end` saved; `start` is where this step began."""
+        if not (self._options.stores and tracked.options.store) or not tracked.blocks:
+            return
+        request = tracked.request
+        if not self._options.store_generated:
+            end = min(end, request.num_prompt_tokens)
+        chunk_tokens = self._engine.chunk_tokens
+        num_chunks = len(self._names(tracked))
+        last = min(end // chunk_tokens, num_chunks) * chunk_tokens
+        ends = list(range(tracked.saved_tokens + chunk_tokens, last + 1, chunk_tokens))
+        tail = self._tail(tracked, last, end)
+        if tail:
+            ends.append(tail)
+        del ends[KEYS_MAX:]
+        if not ends:
+            return
+        parent = tracked.saved_tokens
+        tracked.saved_tokens = ends[-1] // chunk_tokens * chunk_tokens
+        pieces = tuple(
+            tuple(self._saved_pieces(tracked, group, ends, start)) for group in self._engine.groups
+        )
+        if not any(pieces):
+            return
+        name = self._name(tracked, parent) if parent else None
+        save = Save(
+            request=request.request_id,
+            pieces=pieces,
+            parents=tuple(name if group.kind == "full" else None for group in self._engine.groups),
+            category=tracked.options.category or self._options.category,
+            ttl_s=tracked.options.ttl_s,
+            is_exact=self._is_exact(tracked, end),
+        )
+        plan.saves.append(save)
+
+    def _tail(self, tracked: _Tracked, last: int, end: int) -> int:
+        """Where the prompt's tail ends that is worth a piece of its own, once; 0 for none."""
+        request, step = tracked.request, self._engine.block_size
+        if tracked.has_saved_tail or not self._options.store_tails:
+            return 0
+        if end < request.num_prompt_tokens:
+            return 0
+        tracked.has_saved_tail = True
+        tail = request.num_prompt_tokens // step * step
+        return tail if tail > last and tail % self._engine.chunk_tokens else 0
+
+    def _saved_pieces(
+        self, tracked: _Tracked, group: Group, ends: Sequence[int], start: int
+    ) -> Iterable[Piece]:
+        for end in ends:
+            piece = self._piece(tracked, group, end, tracked.blocks[group.index])
+            # What left the window before this step is others' by now.
+            kept = 0 if group.kind == "full" else max(start - group.window + 1, 0)
+            is_kept = piece.start >= kept // group.block_size * group.block_size
+            is_there = len(piece.blocks) * group.block_size == piece.num_tokens
+            # Block 0 stands for those that a group does not keep.
+            if piece.num_tokens and is_kept and is_there and 0 not in piece.blocks:
+                yield piece
+            elif group.kind == "full":
+                return
+
+    # Exactness.
+
+    def _remember_approximate(self, tracked: _Tracked, start: int) -> None:
+        tracked.is_exact = False
+        self._approximate[bytes(self._hash_at(tracked, start))] = None
+        while len(self._approximate) > APPROXIMATE_MAX:
+            self._approximate.popitem(last=False)
+
+    def _is_exact(self, tracked: _Tracked, end: int) -> bool:
+        """Whether nothing before `end` is approximate, or computed on top of it, in this engine."""
+        if tracked.is_exact and self._approximate:
+            hashes = tracked.request.block_hashes[: end // self._engine.hash_block_size]
+            tracked.is_exact = not any(bytes(each) in self._approximate for each in hashes)
+        return tracked.is_exact
+
+    def _hash_at(self, tracked: _Tracked, token: int) -> Any:
+        return tracked.request.block_hashes[token // self._engine.hash_block_size]
