@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvd.client.client import Client, connect
 from kvd.client.connectors.late_client import LateClient
+from kvd.client.connectors.vllm_events import EventBook
 from kvd.client.connectors.vllm_finder import Finder
 from kvd.client.connectors.vllm_identity import Engine, engine_of
 from kvd.client.connectors.vllm_metrics import KvdPromMetrics, KvdStats
@@ -33,12 +38,25 @@ from kvd.errors import Unsupported
 
 log = logging.getLogger("kvd.vllm")
 
+# Where events say that blocks are.
+MEDIUM = "KVD"
+
 
 class KvdMetadata(base.KVConnectorMetadata):  # type: ignore[misc]  # vLLM carries no types here
     """A step's plan, on its way from the scheduler to the workers."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+
+
+class KvdWorkerMetadata(base.KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
+    """How many ranks have committed which pieces since the last step."""
+
+    def __init__(self, stored: Counter[bytes]) -> None:
+        self.stored = stored
+
+    def aggregate(self, other: Any) -> KvdWorkerMetadata:
+        return KvdWorkerMetadata(self.stored + other.stored)
 
 
 class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[misc]  # as above
@@ -60,6 +78,9 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._engine: Engine | None = None
+        self._events: EventBook | None = None
+        events = vllm_config.kv_events_config
+        self._tells_events = events is not None and events.enable_kv_cache_events
         self._client = LateClient(self._attach)
         try:
             self._engine = engine_of(vllm_config, kv_cache_config, self._options)
@@ -67,8 +88,15 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
             log.warning("event=not_served reason=%r", str(error))
             return
         if role is base.KVConnectorRole.SCHEDULER:
-            finder = Finder(self._client, self._engine, self._options)
-            self._scheduler = SchedulerSide(self._engine, finder, self._options, self._tally)
+            if self._tells_events:
+                self._events = EventBook(len(self._engine.groups[0].layouts))
+            self._scheduler = SchedulerSide(
+                self._engine,
+                Finder(self._client, self._engine, self._options),
+                self._options,
+                self._tally,
+                events=self._events,
+            )
 
     def _attach(self) -> Client:
         return connect(
@@ -107,6 +135,23 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
                 connector_output.finished_recving or (),
                 getattr(connector_output, "failed_recving", None) or (),
                 set(connector_output.invalid_block_ids or ()),
+            )
+        told = getattr(connector_output, "kv_connector_worker_meta", None)
+        if self._events is not None and told is not None:
+            self._events.committed(told.stored)
+
+    def take_events(self) -> Iterable[Any]:
+        if self._events is None or self._engine is None:
+            return
+        for stored in self._events.take():
+            yield BlockStored(
+                block_hashes=[maybe_convert_block_hash(each) for each in stored.hashes],
+                parent_block_hash=stored.parent and maybe_convert_block_hash(stored.parent),
+                token_ids=stored.tokens,
+                block_size=self._engine.hash_block_size,
+                lora_id=None,
+                medium=MEDIUM,
+                lora_name=stored.lora_name,
             )
 
     def request_finished(
@@ -176,6 +221,12 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         # With several groups a number does not tell whose block it is: requests fail as a whole.
         found, self._bad_blocks = self._bad_blocks, set()
         return set() if self._has_groups else found
+
+    def build_connector_worker_meta(self) -> KvdWorkerMetadata | None:
+        if self._worker is None or not self._tells_events:
+            return None
+        stored = self._worker.take_stored()
+        return KvdWorkerMetadata(Counter(stored)) if stored else None
 
     def shutdown(self) -> None:
         if self._scheduler is not None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 from kvd.client.connectors.vllm_options import Options
-from kvd.client.connectors.weights import digest_of
+from kvd.client.connectors.weights import digest_of, weights_in
 from kvd.errors import Unsupported
 from kvd.layout import DTYPE_SIZES, KVLayout
 
@@ -147,6 +148,23 @@ def hash_space(hash_block_size: int) -> bytes:
         b"kvd.vllm.1" + hash_block_size.to_bytes(4, "little") + bytes(kv_cache_utils.NONE_HASH),
         digest_size=32,
     ).digest()
+
+
+def adapter_of(request: Any) -> bytes:
+    """What the weights of a request's LoRA adapter are; its block hashes know its name and path
+    only, and another may have taken its place there.
+    """
+    lora = request.lora_request
+    if lora is None:
+        return b""
+    path = Path(lora.lora_path)
+    files = tuple((str(file), file.stat().st_mtime_ns) for file in sorted(weights_in(path)))
+    return _digest_at(path, files) if files else b""
+
+
+@lru_cache(maxsize=1024)
+def _digest_at(path: Path, files: tuple[tuple[str, int], ...]) -> bytes:
+    return digest_of(path).encode()
 
 
 def _check_parallel(parallel: Any) -> None:

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
+from kvd.client.connectors.vllm_events import EventBook, Stored
 from kvd.client.connectors.vllm_finder import INLINE_S, Finder, Found, Question
-from kvd.client.connectors.vllm_identity import Engine, Group, hash_space
+from kvd.client.connectors.vllm_identity import Engine, Group, adapter_of, hash_space
 from kvd.client.connectors.vllm_options import Options, RequestOptions, request_options
 from kvd.client.connectors.vllm_plan import Load, Piece, Plan, Save
 from kvd.client.connectors.vllm_stats import Tally
@@ -39,6 +40,7 @@ class _Tracked:
     request: Any
     options: RequestOptions
     blocks: Blocks
+    adapter: bytes
     names: list[bytes] = field(default_factory=list)
     question: Question | None = None
     found: Found | None = None
@@ -55,8 +57,17 @@ class _Tracked:
 class SchedulerSide:
     """Plans for `engine`, with what `finder` finds."""
 
-    def __init__(self, engine: Engine, finder: Finder, options: Options, tally: Tally) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        finder: Finder,
+        options: Options,
+        tally: Tally,
+        *,
+        events: EventBook | None = None,
+    ) -> None:
         self._engine = engine
+        self._events = events
         self._finder = finder
         self._options = options
         self._tally = tally
@@ -168,7 +179,9 @@ class SchedulerSide:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
             options = request_options(request.kv_transfer_params)
-            tracked = _Tracked(request=request, options=options, blocks=())
+            tracked = _Tracked(
+                request=request, options=options, blocks=(), adapter=adapter_of(request)
+            )
             self._requests[request.request_id] = tracked
         return tracked
 
@@ -217,7 +230,8 @@ class SchedulerSide:
         if self._space is None:
             self._space = hash_space(self._engine.hash_block_size) + self._epoch
         block_hash = tracked.request.block_hashes[end // self._engine.hash_block_size - 1]
-        return blake2b(self._space + bytes(block_hash), digest_size=32).digest()
+        said = self._space + tracked.adapter + bytes(block_hash)
+        return blake2b(said, digest_size=32).digest()
 
     def _miss(self, tracked: _Tracked, reason: str, detail: str = "") -> None:
         # A prompt that waits for room is looked at again and again.
@@ -301,6 +315,21 @@ class SchedulerSide:
             is_exact=self._is_exact(tracked, end),
         )
         plan.saves.append(save)
+        if self._events is not None:
+            for piece in pieces[0]:
+                self._events.expect(piece.name, self._stored(tracked, piece))
+
+    def _stored(self, tracked: _Tracked, piece: Piece) -> Stored:
+        """What an event says of a piece when it is there."""
+        request, size = tracked.request, self._engine.hash_block_size
+        first, end = piece.start // size, piece.end // size
+        lora = request.lora_request
+        return Stored(
+            hashes=request.block_hashes[first:end],
+            parent=request.block_hashes[first - 1] if first else None,
+            tokens=list(request.all_token_ids[piece.start : piece.end]),
+            lora_name=lora.lora_name if lora else None,
+        )
 
     def _tail(self, tracked: _Tracked, last: int, end: int) -> int:
         """Where the prompt's tail ends that is worth a piece of its own, once; 0 for none."""

@@ -80,6 +80,7 @@ class WorkerSide:
         self._lock = threading.Lock()
         self._results = Results(set(), set(), set())
         self._num_loading = 0
+        self._stored: list[bytes] = []
         self._progress = threading.Condition(self._lock)
 
     def make_way(self, blocks: set[int]) -> None:
@@ -129,6 +130,12 @@ class WorkerSide:
                 self._progress.wait(IDLE_WAIT_S)
             found, self._results = self._results, Results(set(), set(), set())
         return found
+
+    def take_stored(self) -> list[bytes]:
+        """Names of the first group's pieces that were committed since the last time."""
+        with self._lock:
+            stored, self._stored = self._stored, []
+        return stored
 
     def close(self) -> None:
         """End: what is being saved gets a moment, loads are given up."""
@@ -282,6 +289,9 @@ class WorkerSide:
                 job.has_read.set()
             reservation.commit(timeout_s=self._options.store_s)
         self._tally.add(stored_chunks=len(reservation), stored_bytes=reservation.size)
+        if group is self._engine.groups[0]:
+            with self._lock:
+                self._stored += [pieces[index].name for index in reservation]
 
     # Streams: on a GPU what the threads do is ordered against the engine's work.
 

@@ -1,0 +1,261 @@
+"""Time to the first token of a real vLLM engine with kvd, beside the same engine without.
+
+    python benchmarks/vllm_ttft.py [--quick] [--json FILE]     (after `make test-vllm`)
+
+SmolLM2-135M in bfloat16 on the CPU, three engines in processes of their own, one prompt at a time,
+the engines by turns in one run:
+
+    plain      no connector: a new prompt is computed; the same again is a hit of vLLM's own cache
+    kvd        a new prompt is computed and stored; vLLM's own cache is emptied; then it is loaded
+    example    vLLM's ExampleConnector, files in a folder: the same
+
+On the back of an envelope: a token has 23 KB of KV (30 layers, 2 planes, 3 heads of 64), so 2,048
+tokens 47 MB, 8 ms to copy; they take 2 x 135e6 x 2,048 = 0.55 TFLOP to compute, some seconds on two
+cores. What is left of a hit is one step of the engine, and two more for the load.
+
+A hit that was none by the connector's own counters ends the run: it would be measured as one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import kvd
+from benchmarks.common import (
+    Figure,
+    Median,
+    Row,
+    arguments,
+    console_for,
+    in_turn,
+    median_of,
+    print_figures,
+    print_rows,
+    progress_bar,
+    ratio_of,
+    running_daemon,
+    significant,
+    write_json,
+)
+
+ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "python"
+
+LENGTHS, LENGTHS_QUICK = (512, 1024, 2048, 4096), (512, 2048)
+ROUNDS, ROUNDS_QUICK = 9, 3
+# Of one layer, plane and head each 64 numbers of two bytes.
+TOKEN_SIZE = 30 * 2 * 3 * 64 * 2
+CPU_SIZE = 3 << 30
+CHUNK_TOKENS = 256
+STORE_S_MAX = 30.0
+BLOCK_SIZE = 128
+
+# For what a connector costs where nothing is found: so many prompts at once, of so many tokens.
+MISS_PROMPTS, MISS_TOKENS, MISS_NEW_TOKENS = 4, 1024, 16
+
+SETTINGS = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "VLLM_CPU_KVCACHE_SPACE": "1"}
+CONNECTORS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "kvd": {
+        "kv_connector": "KvdConnector",
+        "kv_connector_module_path": "kvd.client.connectors.vllm",
+    },
+    "example": {"kv_connector": "ExampleConnector"},
+}
+
+Times = dict[tuple[str, int], list[float]]
+
+
+def main() -> None:
+    if importlib.util.find_spec("vllm") is None:
+        _run_in_environment()
+    parser = arguments(__doc__ or "")
+    args = parser.parse_args()
+    console = console_for(args.json)
+    lengths = LENGTHS_QUICK if args.quick else LENGTHS
+    rounds = ROUNDS_QUICK if args.quick else ROUNDS
+    started = time.monotonic()
+    times: Times = defaultdict(list)
+    with ExitStack() as stack:
+        bench = Bench(stack)
+        with progress_bar("prompts", rounds * len(lengths) + rounds) as tick:
+            # Everything is used once before anything is measured.
+            bench.measure(lengths[0], 0, defaultdict(list))
+            for number in range(rounds):
+                for length in lengths:
+                    bench.measure(length, number, times)
+                    tick()
+                bench.measure_misses(number, times)
+                tick()
+    rows = [row_of(name, length, found) for (name, length), found in sorted(times.items())]
+    figures = figures_of(times)
+    print_rows(console, "time to the first token, one prompt", rows)
+    print_figures(console, figures)
+    console.print(f"{time.monotonic() - started:.0f} s, load {os.getloadavg()[0]:.1f}")
+    write_json(args.json, "vllm_ttft", figures, rows)
+
+
+def _run_in_environment() -> None:
+    if not ENVIRONMENT.exists():
+        raise SystemExit(f"vLLM is not installed here: `make test-vllm` makes {ENVIRONMENT}")
+    os.execv(ENVIRONMENT, [str(ENVIRONMENT), *sys.argv])
+
+
+class Bench:
+    """A daemon and three engines that are there while `stack` is open."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        from tests.vllm.harness import Engine
+
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvd-bench-")))
+        daemon = stack.enter_context(running_daemon(cpu_size=CPU_SIZE))
+        self._client = stack.enter_context(kvd.connect(daemon.socket))
+        extra = {
+            "kvd": {"socket": daemon.socket},
+            "example": {"shared_storage_path": str(folder / "example")},
+        }
+        self._seeds = count(1)
+        self._engines: dict[str, Engine] = {}
+        for name, connector in CONNECTORS.items():
+            options: dict[str, object] = {}
+            if connector:
+                options["kv_transfer_config"] = {
+                    **connector,
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": extra[name],
+                }
+            engine = Engine(
+                folder,
+                "smollm2",
+                name=name,
+                settings=SETTINGS,
+                dtype="bfloat16",
+                max_model_len=8192,
+                block_size=BLOCK_SIZE,
+                **options,
+            )
+            self._engines[name] = stack.enter_context(engine)
+
+    def measure(self, length: int, number: int, times: Times) -> None:
+        """One prompt of `length` tokens: computed and found again by each engine."""
+        seed = next(self._seeds)
+        for name in in_turn(list(self._engines), number):
+            stored = self._num_stored()
+            times[f"{name} computed", length].append(self._ttft(name, seed, length))
+            if name == "kvd":
+                self._wait_for(stored + length // CHUNK_TOKENS)
+            if name != "plain":
+                self._engines[name].forget()
+            loaded = self._loaded_tokens()
+            times[f"{name} hit", length].append(self._ttft(name, seed, length))
+            if name == "kvd" and self._loaded_tokens() - loaded != length:
+                raise SystemExit("a prompt that was stored was not loaded: nothing to measure")
+        times["copy", length].append(seconds_to_copy(length * TOKEN_SIZE))
+
+    def measure_misses(self, number: int, times: Times) -> None:
+        """Prompts that nobody has seen, several at once, to their last token: with kvd and
+        without.
+        """
+        for name in in_turn(["plain", "kvd"], number):
+            prompts = [_prompt(next(self._seeds), MISS_TOKENS) for _ in range(MISS_PROMPTS)]
+            requests = [
+                {"prompt": each, "new_tokens": MISS_NEW_TOKENS, "logprobs": 0} for each in prompts
+            ]
+            started = time.perf_counter()
+            self._engines[name].generate(*requests)
+            times[f"{name} all new", MISS_PROMPTS * MISS_TOKENS].append(
+                time.perf_counter() - started
+            )
+
+    def _ttft(self, name: str, seed: int, length: int) -> float:
+        request = {"prompt": _prompt(seed, length), "new_tokens": 1, "logprobs": 0}
+        (answer,) = self._engines[name].generate(request)
+        assert answer.ttft_s is not None
+        return answer.ttft_s
+
+    def _num_stored(self) -> int:
+        return self._client.status().counters["commit_chunks"]
+
+    def _wait_for(self, num_stored: int) -> None:
+        """Saves go on after the first token is there."""
+        give_up = time.monotonic() + STORE_S_MAX
+        while self._num_stored() < num_stored:
+            if time.monotonic() > give_up:
+                raise SystemExit(f"after {STORE_S_MAX} s a prompt is not stored")
+            time.sleep(0.005)
+
+    def _loaded_tokens(self) -> float:
+        found = self._engines["kvd"].metrics("kvd_vllm_hit_tokens_total")
+        return sum(found.values())
+
+
+def _prompt(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(100, 40_000, length).tolist()
+
+
+def seconds_to_copy(size: int) -> float:
+    """A plain copy of as many bytes, in memory that is there."""
+    source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
+    started = time.perf_counter()
+    np.copyto(target, source)
+    return time.perf_counter() - started
+
+
+def row_of(name: str, length: int, found: list[float]) -> Row:
+    median = median_of(found)
+    return {
+        "engine": name,
+        "tokens": length,
+        "ms": significant(1e3 * median.value, 3),
+        "low": significant(1e3 * median.low, 3),
+        "high": significant(1e3 * median.high, 3),
+        "samples": median.samples,
+    }
+
+
+def figures_of(times: Times) -> list[Figure]:
+    def at(name: str, length: int = 2048) -> list[float]:
+        return times[name, length]
+
+    native = [hit + copy for hit, copy in zip(at("plain hit"), at("copy"), strict=True)]
+    many = MISS_PROMPTS * MISS_TOKENS
+    overhead = ratio_of(at("kvd all new", many), at("plain all new", many))
+    less_one = Median(
+        value=overhead.value - 1,
+        low=overhead.low - 1,
+        high=overhead.high - 1,
+        samples=overhead.samples,
+    )
+    return [
+        Figure.of(
+            "ttft_hit_vs_native_hit", ratio_of(at("kvd hit"), native), target=1.5, at_least=False
+        ),
+        Figure.of(
+            "ttft_speedup_2048",
+            ratio_of(at("plain computed"), at("kvd hit")),
+            target=5,
+            at_least=True,
+        ),
+        Figure.of("miss_overhead", less_one, target=0.03, at_least=False),
+        Figure.of(
+            "ttft_hit_vs_example_connector",
+            ratio_of(at("example hit"), at("kvd hit")),
+            target=1,
+            at_least=True,
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()
