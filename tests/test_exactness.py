@@ -175,7 +175,7 @@ class TestStore:
     def test_a_lookup_lets_the_exact_copy_come(self, tmp_path: Path) -> None:
         async def story(node: Node) -> None:
             await two_copies(node, PATH)
-            assert node.store.lookup(keys_of(PATH), prefetch_at_ns=1, terms=EXACT) == 3
+            assert node.store.lookup(keys_of(PATH), now_ns=1, prefetch=True, terms=EXACT) == 3
             assert node.store.counters["prefetch_chunks"] == 3
             lease = pin_exact(node, PATH)
             assert lease is not None

@@ -546,7 +546,7 @@ def test_each_failure_has_its_status_and_its_own_code(
     code: str,
     status: grpc.StatusCode,
 ) -> None:
-    def fail(*_: object) -> int:
+    def fail(*_: object, **__: object) -> int:
         # Quotes what a client sent, at its longest.
         raise kvd.errors.from_code(code, "é" * 100_000)
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvd.chunk import CATEGORY_SIZE_MAX, REUSE_SIZE_MAX, ChunkMeta, Fingerprint
+from kvd.daemon.expiries import Stamp
 from kvd.daemon.labels import (
     LABEL_SIZE_MAX,
     NO_TENANT,
@@ -21,6 +22,7 @@ from kvd.daemon.labels import (
 )
 from kvd.errors import Corrupt, InvalidRequest
 from kvd.keys import ChunkKey
+from kvd.proto.limits import TTL_NS_MAX
 from kvd.tiers import segment
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats" / "index.md"
@@ -51,6 +53,9 @@ metas = st.builds(
     reuse=st.binary(max_size=REUSE_SIZE_MAX),
 )
 tenants = st.binary(min_size=8, max_size=8)
+stamps = st.none() | st.builds(
+    Stamp, wall_ns=st.integers(0, 2**64 - 1), ttl_ns=st.integers(1, TTL_NS_MAX)
+)
 
 META = ChunkMeta(
     key=ChunkKey(bytes(range(32))),
@@ -63,31 +68,34 @@ META = ChunkMeta(
     reuse=b"scores",
 )
 TENANT = tenant_of("a secret")
+STAMP = Stamp(1_767_225_600 * 10**9, 3600 * 10**9)
 
 
-@given(metas, tenants)
-def test_a_label_decodes_to_what_it_was_made_of(meta: ChunkMeta, tenant: bytes) -> None:
-    label = encode_label(meta, tenant)
+@given(metas, tenants, stamps)
+def test_a_label_decodes_to_what_it_was_made_of(
+    meta: ChunkMeta, tenant: bytes, stamp: Stamp | None
+) -> None:
+    label = encode_label(meta, tenant, stamp)
     assert len(label) <= LABEL_SIZE_MAX
-    assert decode_label(label) == (meta, tenant)
-    assert encode_label(meta, tenant) == label
+    assert decode_label(label) == (meta, tenant, stamp)
+    assert encode_label(meta, tenant, stamp) == label
     check_label(meta, label)
 
 
-@given(metas, tenants, st.data())
+@given(metas, tenants, stamps, st.data())
 def test_flipped_and_cut_labels_are_corrupt_or_in_the_one_form(
-    meta: ChunkMeta, tenant: bytes, data: st.DataObject
+    meta: ChunkMeta, tenant: bytes, stamp: Stamp | None, data: st.DataObject
 ) -> None:
-    label = bytearray(encode_label(meta, tenant))
+    label = bytearray(encode_label(meta, tenant, stamp))
     at = data.draw(st.integers(0, len(label) - 1))
     label[at] ^= data.draw(st.integers(1, 255))
     cut = data.draw(st.integers(0, len(label)))
     for bad in (bytes(label), bytes(label[:cut]), bytes(label) + b"\0"):
         try:
-            found, of = decode_label(bad)
+            found = decode_label(bad)
         except Corrupt:
             continue
-        assert encode_label(found, of) == bad
+        assert encode_label(*found) == bad
 
 
 @given(st.binary(max_size=300))
@@ -103,17 +111,18 @@ def test_arbitrary_bytes_are_corrupt(data: bytes) -> None:
 
 
 def test_every_truncation_is_corrupt() -> None:
-    label = encode_label(META, TENANT)
-    for size in range(len(label)):
-        with pytest.raises(Corrupt):
-            decode_label(label[:size])
+    for label in (encode_label(META, TENANT), encode_label(META, TENANT, STAMP)):
+        for size in range(len(label)):
+            with pytest.raises(Corrupt):
+                decode_label(label[:size])
 
 
 @pytest.mark.parametrize(
     ("at", "value"),
     [
         (0, b"\x02"),  # version
-        (1, b"\x02"),  # flags
+        (1, b"\x05"),  # flags
+        (1, b"\x03"),  # an end, and none is there
         (1, b"\x00"),  # no parent, and one is there
         (2, b"\x41"),  # category size
         (3, b"\x01"),  # reserved
@@ -130,9 +139,17 @@ def test_values_that_are_not_allowed_are_corrupt(at: int, value: bytes) -> None:
         decode_label(bytes(label))
 
 
+@pytest.mark.parametrize("ttl_ns", [0, TTL_NS_MAX + 1, 2**64 - 1])
+def test_a_time_to_live_that_nobody_can_ask_for_is_corrupt(ttl_ns: int) -> None:
+    label = bytearray(encode_label(META, TENANT, STAMP))
+    label[136:144] = ttl_ns.to_bytes(8, "little")
+    with pytest.raises(Corrupt, match="time to live"):
+        decode_label(bytes(label))
+
+
 def test_the_largest_label_fits_a_record_and_the_next_one_is_refused() -> None:
     full = replace(META, category="c" * CATEGORY_SIZE_MAX, reuse=bytes(REUSE_SIZE_MAX))
-    assert len(encode_label(full, TENANT)) == LABEL_SIZE_MAX <= segment.LABEL_SIZE_MAX
+    assert len(encode_label(full, TENANT, STAMP)) == LABEL_SIZE_MAX <= segment.LABEL_SIZE_MAX
     with pytest.raises(InvalidRequest):
         replace(META, reuse=bytes(REUSE_SIZE_MAX + 1))
 
@@ -150,8 +167,8 @@ def test_what_has_no_room_in_a_label_is_refused() -> None:
 
 def test_a_cost_beyond_the_label_is_the_largest_it_can_name() -> None:
     for cost, named in [(2**40, 2**32 - 1), (-1, 0)]:
-        found, _ = decode_label(encode_label(replace(META, prefill_us=cost), TENANT))
-        assert found.prefill_us == named
+        found = decode_label(encode_label(replace(META, prefill_us=cost), TENANT))
+        assert found.meta.prefill_us == named
 
 
 def test_a_label_of_another_chunk_is_corrupt() -> None:
@@ -176,3 +193,5 @@ def test_tenants_are_apart_and_the_salt_is_not_told() -> None:
 def test_the_page_shows_a_label_as_it_is() -> None:
     meta = replace(META, category="chat", reuse=b"scores")
     assert hex_dump("A label") == encode_label(meta, tenant_of("tenant"))
+    label = encode_label(meta, tenant_of("tenant"), STAMP)
+    assert hex_dump("A label with an end") == label

@@ -206,6 +206,7 @@ hostile = st.one_of(
         prefill_us=small,
         lease_ns=numbers,
         is_approximate=st.booleans(),
+        ttl_ns=numbers,
     ).map(lambda m: {"reserve": m}),
     st.builds(pb.CommitRequest, lease=numbers, checksums=st.lists(numbers, max_size=3)).map(
         lambda m: {"commit": m}

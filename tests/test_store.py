@@ -571,7 +571,7 @@ class TestArrivals:
 
     def test_a_chunk_cleared_on_the_way_is_gone_when_it_comes(self) -> None:
         store, below = store_with_disk(1)
-        store.lookup(keys_of((1,)), prefetch_at_ns=0)
+        store.lookup(keys_of((1,)), prefetch=True)
         (arrival,) = below.arrivals
         assert store.drop([arrival.entry]) == (1, LAYOUT.size(16))
         assert below.dropped == [arrival.entry]

@@ -90,6 +90,10 @@ class TiersMachine(RuleBasedStateMachine):
         self.cleared: set[ChunkKey] = set()
         self.forgotten: set[ChunkKey] = set()
         self.held: set[ChunkKey] = set()
+        # When chunks end at the latest, and when they may end, for what they continue does.
+        self.must_end: dict[ChunkKey, int] = {}
+        self.may_end: dict[ChunkKey, int] = {}
+        self.paths: dict[ChunkKey, tuple[int, ...]] = {}
         self.leases: list[tuple[ReadLease, list[Entry]]] = []
         self.lent: list[ReadLease] = []
         self.num_fresh = 4
@@ -97,6 +101,13 @@ class TiersMachine(RuleBasedStateMachine):
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(work)
+
+    def find(self, key: ChunkKey) -> Entry | None:
+        return self.node.store.directory.finder(self.node.now_ns)(key)
+
+    @property
+    def found(self) -> list[Entry]:
+        return [e for e in self.node.store.directory if self.find(e.meta.key) is not None]
 
     @property
     def listed(self) -> set[ChunkKey]:
@@ -120,8 +131,8 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(path=PATHS)
     def look_up(self, path: list[int]) -> None:
         keys = keys_of(path)
-        found = self.node.store.lookup(keys, prefetch_at_ns=self.node.now_ns)
-        assert found == [*(key in self.node.store.directory for key in keys), False].index(False)
+        found = self.node.store.lookup(keys, now_ns=self.node.now_ns, prefetch=True)
+        assert found == [*(self.find(key) is not None for key in keys), False].index(False)
 
     @rule(path=PATHS, standalone=st.booleans())
     def read(self, path: list[int], standalone: bool) -> None:
@@ -155,9 +166,9 @@ class TiersMachine(RuleBasedStateMachine):
         """What a lookup promises is there, and bit for bit what was stored."""
         keys = keys_of(path)
         store, terms = self.node.store, Terms(is_exact=True)
-        told = sum(store.present(keys, terms=terms))
+        told = sum(store.present(keys, now_ns=self.node.now_ns, terms=terms))
         if not standalone:
-            told = store.lookup(keys, terms=terms)
+            told = store.lookup(keys, now_ns=self.node.now_ns, terms=terms)
         full = store.counters["promote_full"]
         lease, found = store.pin(
             keys, ROOT, standalone=standalone, lease_ns=S, now_ns=self.node.now_ns, terms=terms
@@ -238,18 +249,17 @@ class TiersMachine(RuleBasedStateMachine):
 
     @rule(path=PATHS, is_held=st.booleans())
     def hold(self, path: list[int], is_held: bool) -> None:
-        keys = [key for key in keys_of(path) if key in self.node.store.directory]
-        self.node.store.hold(keys, is_held)
+        keys = [key for key in keys_of(path) if self.find(key) is not None]
+        assert self.node.store.hold(keys_of(path), is_held, now_ns=self.node.now_ns) == len(keys)
         self.held = self.held | set(keys) if is_held else self.held - set(keys)
 
     @rule(path=PATHS)
     def persist(self, path: list[int]) -> None:
-        found = [self.node.store.directory.get(key) for key in keys_of(path)]
-        self.acknowledge([entry for entry in found if entry is not None])
+        self.acknowledge([entry for entry in map(self.find, keys_of(path)) if entry is not None])
 
     @rule()
     def persist_all(self) -> None:
-        self.acknowledge(list(self.node.store.directory))
+        self.acknowledge(self.found)
 
     @rule()
     def scrub(self) -> None:
@@ -320,6 +330,7 @@ class TiersMachine(RuleBasedStateMachine):
     def stop(self) -> None:
         """A clean stop writes what is only in memory."""
         self.release_all()
+        self.sweep()
         before = self.listed
         self.do(self.node.close())
         kept = {e.meta.key for e in self.node.store.directory if e.on_disk is not None}
@@ -343,7 +354,7 @@ class TiersMachine(RuleBasedStateMachine):
             # Whoever asks for durability until it is there again is told that there is none.
             give_up = self.loop.time() + PATIENCE_S
             while self.node.mover.index.failure:
-                self.acknowledge(list(self.node.store.directory), may_fail=True)
+                self.acknowledge(self.found, may_fail=True)
                 assert self.loop.time() < give_up, "the index is never begun anew"
 
     # What must be true at any time.
@@ -353,6 +364,9 @@ class TiersMachine(RuleBasedStateMachine):
         if not hasattr(self, "node"):
             return
         self.node.audit()
+        self.let_end()
+        over = [key for key, end_ns in self.must_end.items() if end_ns <= self.node.now_ns]
+        assert not any(map(self.find, over)), "a chunk is found that is over"
         assert self.listed <= self.stored, "a chunk is listed that was never stored"
         assert not self.listed & self.cleared, "a cleared chunk is listed"
         assert self.held - self.damaged - self.doubtful <= self.listed, "a held chunk is gone"
@@ -379,13 +393,42 @@ class TiersMachine(RuleBasedStateMachine):
 
     # Steps that rules share.
 
-    def put(self, path: Sequence[int], has_checksums: bool = False) -> None:
-        for meta in self.node.put(path, has_checksums=has_checksums):
+    def put(self, path: Sequence[int], has_checksums: bool = False, ttl_ns: int = 0) -> None:
+        metas = self.node.put(path, has_checksums=has_checksums, ttl_ns=ttl_ns)
+        self.let_end()
+        self.paths |= {key: tuple(path[:end]) for end, key in enumerate(keys_of(path), 1)}
+        for meta in metas:
+            self.may_end.pop(meta.key, None)
+            self.must_end.pop(meta.key, None)
+        for meta in metas:
+            if ttl_ns:
+                self.must_end[meta.key] = self.node.now_ns + ttl_ns
+                self.bound(meta.key, self.node.now_ns + ttl_ns)
+        for end, key in enumerate(keys_of(path), 1):
+            if key in self.may_end and end < len(path):
+                self.bound(key, self.may_end[key])
+        for meta in metas:
             self.stored.add(meta.key)
             self.doubtful |= {meta.key} & self.damaged
             # What was known of an earlier chunk of the key is over.
             for keys in (self.acknowledged, self.damaged, self.cleared, self.forgotten, self.held):
                 keys.discard(meta.key)
+
+    def sweep(self) -> None:
+        self.node.store.expire_chunks(self.node.now_ns)
+
+    def bound(self, key: ChunkKey, end_ns: int) -> None:
+        """A chunk may end by then, and with it all that continues it."""
+        path = self.paths[key]
+        for other, longer in self.paths.items():
+            if longer[: len(path)] == path:
+                self.may_end[other] = min(self.may_end.get(other, end_ns), end_ns)
+
+    def let_end(self) -> None:
+        """What may be over by now may be gone."""
+        over = {key for key, end_ns in self.may_end.items() if end_ns <= self.node.now_ns}
+        for keys in (self.acknowledged, self.held):
+            keys -= over
 
     def drop(self, path: Sequence[int]) -> None:
         entry = self.node.store.directory.get(keys_of(path)[-1])
@@ -445,6 +488,7 @@ class TiersMachine(RuleBasedStateMachine):
         self.lent.clear()
         self.held.clear()
         self.do(self.node.open())
+        self.let_end()
         listed = self.listed
         assert not listed & self.forgotten, "a cleared chunk is back"
         gone = self.acknowledged - self.damaged - listed
@@ -514,6 +558,38 @@ class PackedMachine(SmallMachine):
     OPTIONS: ClassVar[dict[str, Any]] = {"codec": "cpu=toy:lossy,nvme=toy"}
 
 
+class MortalRules(TiersMachine):
+    """Chunks with a time to live: over is over, in every tier, whatever happens to the daemon."""
+
+    @rule(path=PATHS, ttl_ns=st.integers(1, 30), pause=PAUSES)
+    def store_for_a_while(self, path: list[int], ttl_ns: int, pause: int) -> None:
+        """A nanosecond is what one store or pin takes."""
+        self.put(path, ttl_ns=ttl_ns)
+        self.wait(pause)
+
+    @rule(elapsed_ns=st.integers(1, 30))
+    def clock_moves(self, elapsed_ns: int) -> None:
+        self.node.now_ns += elapsed_ns
+
+    @rule()
+    def sweep_now(self) -> None:
+        """What is over is gone then, but for what somebody reads or waits for."""
+        self.sweep()
+        expiries, now_ns = self.node.store.directory.expiries, self.node.now_ns
+        read = {entry for _, entries in self.leases for entry in entries}
+        read |= {entry for lease in self.lent for entry in lease.entries}
+        left = {e for e in self.node.store.directory if expiries.is_over(e, now_ns)}
+        assert left <= read, "a chunk that is over stays"
+
+
+class MortalMachine(MortalRules, RoomyMachine):
+    """All else stays as it was promised."""
+
+
+class MortalPackedMachine(MortalRules, PackedMachine):
+    """In three tiers, and with too little room for what is not over."""
+
+
 class RealIndexMachine(RoomyMachine):
     has_real_index = True
 
@@ -541,4 +617,6 @@ TestQuota = _case(QuotaMachine, 8 * EFFORT, 40)
 TestEncoded = _case(EncodedMachine, 6 * EFFORT, 40)
 TestLossy = _case(LossyMachine, 6 * EFFORT, 40)
 TestPacked = _case(PackedMachine, 6 * EFFORT, 40)
+TestMortal = _case(MortalMachine, 8 * EFFORT, 40)
+TestMortalPacked = _case(MortalPackedMachine, 8 * EFFORT, 40)
 TestRealIndex = _case(RealIndexMachine, 3 * EFFORT, 40)

@@ -13,10 +13,11 @@ import hashlib
 import os
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -33,6 +34,7 @@ from kvd.daemon.coder import Coder
 from kvd.daemon.config import Config
 from kvd.daemon.directory import Entry
 from kvd.daemon.eviction.lru import Lru
+from kvd.daemon.expiries import expiry_after
 from kvd.daemon.index import ChunkIndex, FoundIndex, IndexRecord
 from kvd.daemon.leases import ReadLease
 from kvd.daemon.packed import PackedMemory
@@ -352,6 +354,8 @@ class Node:
         self.packed_size = packed_size
         self.packed: PackedMemory | None = None
         self.now_ns = 0
+        # The wall's clock, less the monotonic one.
+        self.wall_ahead_ns = 1_767_225_600 * S
         self.config = Config(
             tiers=("cpu", "nvme"),
             nvme_path=str(folder),
@@ -374,6 +378,7 @@ class Node:
         with (
             mock.patch.object(reopen_module, "_open_log", self._open_log),
             mock.patch.object(reopen_module, "ChunkIndex", index),
+            mock.patch.object(reopen_module, "time", self._clock),
         ):
             self.mover = await reopen_module.reopen(self.config, self.store, self.coder)
         self.packed = None
@@ -424,11 +429,23 @@ class Node:
     # What clients do.
 
     def put(
-        self, path: Sequence[int], *, root: Fingerprint = ROOT, has_checksums: bool = False
+        self,
+        path: Sequence[int],
+        *,
+        root: Fingerprint = ROOT,
+        has_checksums: bool = False,
+        ttl_ns: int = 0,
     ) -> list[ChunkMeta]:
         """Store a prompt; the chunks that are new."""
         self.now_ns += 1
-        lease, _ = self.store.reserve(chain(path, root), lease_ns=S, now_ns=self.now_ns)
+        lease, _ = self.store.reserve(
+            chain(path, root),
+            lease_ns=S,
+            now_ns=self.now_ns,
+            expiry=expiry_after(
+                ttl_ns, now_ns=self.now_ns, wall_now_ns=self.now_ns + self.wall_ahead_ns
+            ),
+        )
         if lease is None:
             return []
         checksums = []
@@ -521,6 +538,15 @@ class Node:
         extent = entry.on_disk.extent
         slot, offset = divmod(extent.offset, self.segment_size)
         return self.folder / f"segment-{slot:08d}", offset, BLOCK_SIZE + extent.size
+
+    @property
+    def _clock(self) -> SimpleNamespace:
+        """In place of the module: time as the node has it, but for how long things take."""
+        return SimpleNamespace(
+            monotonic=time.monotonic,
+            monotonic_ns=lambda: self.now_ns,
+            time_ns=lambda: self.now_ns + self.wall_ahead_ns,
+        )
 
     def _open_log(self, config: Config, path: Path, *_: object) -> SegmentLog:
         return SegmentLog(

@@ -31,6 +31,7 @@ from kvd.cli.disk import fsck, persist, scrub
 from kvd.cli.flags import EXISTING_FILE, Remote, config_options, remote_options
 from kvd.cli.listing import (
     CHUNK_HEADERS,
+    chunk_dict,
     chunk_row,
     layouts_of,
     pages,
@@ -141,7 +142,7 @@ def list_chunks(remote: Remote, category: str, layout: str, limit: int, is_json:
     listed = list(chunks.values())[:limit]
     if is_json:
         named = {fingerprint.hex(): to_dict(found) for fingerprint, found in layouts.items()}
-        values = [to_dict(chunk) for chunk in listed]
+        values = [chunk_dict(chunk) for chunk in listed]
         print_json({"chunks": values, "layouts": named, "is_partial": is_partial})
         return 0
     is_short = is_terminal()

@@ -33,6 +33,7 @@ CHUNK_HEADERS = (
     "codec",
     "exact",
     "model",
+    "expires in",
 )
 
 # Counters that speak of trouble: shown only once there is some.
@@ -107,6 +108,7 @@ def chunk_row(
         chunk.codec,
         "yes" if chunk.is_exact else "no",
         layouts[chunk.layout].model if chunk.layout in layouts else "",
+        _expires_in(chunk, is_short=is_short),
     )
 
 
@@ -132,8 +134,24 @@ def status_rows(reply: pb.StatusReply) -> list[tuple[str, str]]:
         ("read from disk", counters["promote_chunks"], counters["promote_bytes"]),
     ):
         rows.append((name, f"{num_chunks} chunks, {format_size(size)}"))
+    if counters["expired_chunks"]:
+        rows.append(("expired", f"{counters['expired_chunks']} chunks"))
     rows += [(name.replace("_", " "), str(counters[name])) for name in _TROUBLES if counters[name]]
     return rows
+
+
+def chunk_dict(chunk: pb.ChunkInfo) -> dict[str, object]:
+    """What `kvd ls --json` says of a chunk: `expires_in_s` is null where it has no end."""
+    values = to_dict(chunk)
+    del values["expires_in_ns"]
+    return values | {"expires_in_s": chunk.expires_in_ns / 1e9 if chunk.expires_in_ns else None}
+
+
+def _expires_in(chunk: pb.ChunkInfo, *, is_short: bool) -> str:
+    if not chunk.expires_in_ns:
+        return ""
+    seconds = chunk.expires_in_ns // 10**9
+    return _duration(seconds) if is_short else str(seconds)
 
 
 def _tier_rows(tier: pb.TierStatus) -> list[tuple[str, str]]:

@@ -23,13 +23,14 @@ from kvd.errors import (
     InvalidRequest,
     TierFailed,
     Unavailable,
+    Unsupported,
 )
 from kvd.keys import ChunkKey, chain_keys, join_keys
 from kvd.layout import KVLayout
 from kvd.proto import kvd_pb2 as pb
 from kvd.proto.address import default_socket
 from kvd.proto.convert import layout_to_message
-from kvd.proto.limits import KEYS_MAX, WAIT_NS_MAX
+from kvd.proto.limits import KEYS_MAX, TTL_NS_MAX, WAIT_NS_MAX
 
 if TYPE_CHECKING:
     from kvd.codecs.kvq import ProfileBook
@@ -202,6 +203,7 @@ class Client:
         category: str = "",
         prefill_us: int = 0,
         exact: bool = True,
+        ttl_s: float | None = None,
         wait_s: float = WAIT_S_DEFAULT,
         lease_s: float = LEASE_S_DEFAULT,
         timeout_s: float | None = None,
@@ -214,7 +216,13 @@ class Client:
         chunks whose `Lease.is_exact` is False. Where a disk cannot
         follow what is stored, the daemon waits for it up to `wait_s`, then drops the coldest chunks
         instead; 0 never waits. At most 2048 keys a call.
+
+        With `ttl_s`, the granted chunks are gone that many seconds from now, from every tier and
+        after any restart, and with them what continues them; 0 and None mean no such end. A chunk
+        that exists keeps the end that it was stored with, or none. Raises `Unsupported` where the
+        daemon knows of no such end: then nothing is reserved.
         """
+        ttl_ns = _ttl_ns(ttl_s)
         counts = [layout.chunk_tokens] * len(keys) if num_tokens is None else list(num_tokens)
         if start and parent is None and not standalone:
             raise InvalidRequest(
@@ -232,8 +240,13 @@ class Client:
             lease_ns=_lease_ns(lease_s),
             wait_ns=self._wait_ns(wait_s, timeout_s),
             is_approximate=not exact,
+            ttl_ns=ttl_ns,
         )
         response, connection = self._call_on(pb.Request(reserve=message), timeout_s, declare=layout)
+        if response.reserve.ttl_ns != ttl_ns:
+            if response.reserve.lease:
+                connection.release(response.reserve.lease)
+            raise Unsupported("this daemon keeps no time to live: use one of the client's version")
         return Reservation(
             connection,
             layout,
@@ -454,6 +467,18 @@ def _check_owner(directory: Path) -> None:
 
 def _lease_ns(lease_s: float) -> int:
     return max(int(lease_s * 1e9), 1)
+
+
+def _ttl_ns(ttl_s: float | None) -> int:
+    """0 for none. What is too short for a nanosecond is one: it must not become for ever."""
+    if not ttl_s:
+        return 0
+    # Also false of what is no number.
+    if not 0 < ttl_s <= TTL_NS_MAX / 1e9:
+        raise InvalidRequest(
+            f"a time to live is more than 0 and at most {TTL_NS_MAX // 10**9} s, found {ttl_s}"
+        )
+    return max(int(ttl_s * 1e9), 1)
 
 
 def _num_tokens(layout: KVLayout, chunk: Any) -> int:

@@ -86,10 +86,15 @@ def list_chunks(store: ChunkStore, message: pb.ListRequest) -> pb.ListReply:
     size = 0
     at = min(message.cursor, len(store.directory))
     # A page looks at a bounded number of chunks too, however few of them match.
+    expiries, now_ns = store.directory.expiries, time.monotonic_ns()
     for entry in islice(store.directory, at, at + CLEAR_LIMIT_MAX):
         at += 1
+        if expiries.is_over(entry, now_ns):
+            continue
         if _matches(entry, message.category, message.layout):
             info = _info(entry)
+            if (expiry := expiries.get(entry)) is not None:
+                info.expires_in_ns = expiry.expires_ns - now_ns
             known = store.layouts.get(Fingerprint(info.layout))
             # One from before the last start, of an index that was lost, is described when declared.
             if known is not None and info.layout not in layouts:
@@ -131,7 +136,8 @@ def hold(store: ChunkStore, message: pb.HoldRequest) -> pb.HoldReply:
     keys = split_keys(message.keys)
     if not keys:
         raise InvalidRequest("no keys named")
-    return pb.HoldReply(count=store.hold(keys, message.is_held))
+    count = store.hold(keys, message.is_held, now_ns=time.monotonic_ns())
+    return pb.HoldReply(count=count)
 
 
 def persist(store: ChunkStore, message: pb.PersistRequest) -> Awaitable[pb.PersistReply]:
@@ -142,9 +148,9 @@ def persist(store: ChunkStore, message: pb.PersistRequest) -> Awaitable[pb.Persi
 
 
 async def _persist(store: ChunkStore, lower: Lower, message: pb.PersistRequest) -> pb.PersistReply:
-    keys = split_keys(message.keys)
-    found = [store.directory.get(key) for key in keys] if keys else list(store.directory)
-    entries = [entry for entry in found if entry is not None]
+    keys = split_keys(message.keys) or [entry.meta.key for entry in store.directory]
+    find = store.directory.finder(time.monotonic_ns())
+    entries = [entry for key in keys if (entry := find(key)) is not None]
     timeout_ns = min(message.timeout_ns or WAIT_NS_MAX, WAIT_NS_MAX)
     done = await lower.persist(entries, timeout_ns / 1e9)
     return pb.PersistReply(**done._asdict())

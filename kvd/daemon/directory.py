@@ -14,9 +14,11 @@ however many chunks there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 from kvd.chunk import ChunkMeta, Placement
+from kvd.daemon.expiries import Expiries, Expiry
 from kvd.keys import ChunkKey, PackedKeys
 
 
@@ -110,6 +112,8 @@ class Directory:
     """Entries by key. Pure bookkeeping: no bytes, no clock, no I/O."""
 
     def __init__(self) -> None:
+        # When those end that were stored for a time only.
+        self.expiries = Expiries()
         self._entries: dict[ChunkKey, Entry] = {}
         # Entries that are not rooted, by the key of the parent that they wait for. They have no
         # links, so that clients that lie about parents can make no cycle.
@@ -144,11 +148,29 @@ class Directory:
                 high = middle
         return low
 
-    def insert(self, entry: Entry) -> None:
-        """List an entry that is not listed; entries that waited for it become rooted with it."""
+    def finder(self, now_ns: int) -> Callable[[ChunkKey], Entry | None]:
+        """`get` for whoever asks at that time: what is over by then is not here."""
+        if not self.expiries.is_due(now_ns):
+            return self._entries.get
+        return partial(self._find, now_ns)
+
+    def insert(self, entry: Entry, expiry: Expiry | None = None) -> None:
+        """List an entry that is not listed, until `expiry`; entries that waited for it become
+        rooted with it.
+        """
+        assert entry.meta.key not in self._entries
+        self._entries[entry.meta.key] = entry
+        self._link(entry)
+        self.expiries.begin(entry, expiry)
+
+    def _find(self, now_ns: int, key: ChunkKey) -> Entry | None:
+        entry = self._entries.get(key)
+        if entry is not None and self.expiries.is_over(entry, now_ns):
+            return None
+        return entry
+
+    def _link(self, entry: Entry) -> None:
         meta = entry.meta
-        assert meta.key not in self._entries
-        self._entries[meta.key] = entry
         if meta.parent is None or meta.parent == meta.layout:
             self._root(entry, None)
             return
@@ -164,6 +186,7 @@ class Directory:
         """
         if not entry.is_leaf:
             self._unroot(entry)
+        self.expiries.forget(entry)
         del self._entries[entry.meta.key]
         if entry.parent is not None:
             _drop_child(entry.parent, entry)
@@ -213,6 +236,7 @@ class Directory:
         waiting = [entry for entries in self._waiting.values() for entry in entries]
         assert all(self._entries[entry.meta.key] is entry for entry in waiting)
         assert len(waiting) == sum(not entry.is_rooted for entry in self)
+        self.expiries.check(self)
 
 
 def with_ancestors(entries: Iterable[Entry]) -> set[Entry]:

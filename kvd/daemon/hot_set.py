@@ -33,8 +33,9 @@ from kvd.chunk import Extent, Placement
 from kvd.daemon.arrival import Arrival
 from kvd.daemon.config import Config
 from kvd.daemon.directory import Entry
+from kvd.daemon.expiries import expiry_of
 from kvd.daemon.keeper import Keeper, drop_kept, facts_here
-from kvd.daemon.labels import LABEL_VERSION, decode_label, encode_label
+from kvd.daemon.labels import LABEL_VERSION, decode_label
 from kvd.daemon.leases import Writer
 from kvd.daemon.ledger import Ledger
 from kvd.daemon.ledger_format import LedgerContents, WritingSlot, num_slots_for
@@ -204,15 +205,17 @@ class HotSet:
         # In order each takes a moment; in any other, a search each.
         places.sort()
         extents = {offset: tier.allocate_at(offset, size) for offset, size in places}
+        now_ns, wall_now_ns = time.monotonic_ns(), time.time_ns()
         for slot in contents.kept:
             extent = extents[slot.offset]
             assert extent is not None, "the ledger was sound"
             try:
-                meta, tenant = decode_label(slot.label)
+                meta, tenant, stamp = decode_label(slot.label)
                 self._store.tenants[meta.layout] = tenant
-                is_listed = self._store.inherited.revive(
-                    meta, Placement(extent, checksum=slot.checksum), time.monotonic_ns()
-                )
+                # Also one that is over: what continues it goes with it.
+                expiry = expiry_of(stamp, now_ns=now_ns, wall_now_ns=wall_now_ns)
+                placement = Placement(extent, checksum=slot.checksum)
+                is_listed = self._store.inherited.revive(meta, placement, now_ns, expiry)
             except Corrupt:
                 is_listed = False
             if is_listed:
@@ -233,7 +236,7 @@ class HotSet:
         self._free_gone()
 
     def _keep(self, entry: Entry, placement: Placement, digest: int) -> None:
-        label = encode_label(entry.meta, self._store.tenant_of(entry.meta))
+        label = self._store.label_of(entry)
         extent = placement.extent
         if not self._ledger.keep(extent.offset, extent.size, digest, label):
             # No room for the label: it counts as never hashed.

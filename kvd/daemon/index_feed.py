@@ -16,7 +16,7 @@ from contextlib import suppress
 from kvd.chunk import Fingerprint
 from kvd.daemon.directory import Entry
 from kvd.daemon.index import ChunkIndex, IndexRecord
-from kvd.daemon.labels import codec_text, encode_label
+from kvd.daemon.labels import codec_text
 from kvd.daemon.store import ChunkStore
 from kvd.errors import TierFailed
 from kvd.proto.convert import layout_to_message
@@ -73,7 +73,7 @@ class IndexFeed:
             life=self._log.life(extent),
             checksum=entry.on_disk.checksum or 0,
             codec=codec_text(entry.on_disk.codec, is_exact=entry.on_disk.is_exact),
-            label=encode_label(entry.meta, self._store.tenant_of(entry.meta)),
+            label=self._store.label_of(entry),
         )
 
     async def commit_forever(self) -> None:

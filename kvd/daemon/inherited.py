@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from kvd.chunk import ChunkMeta, Extent, Placement
 from kvd.daemon.arrival import Arrival, Arrivals
 from kvd.daemon.directory import Directory, Entry
+from kvd.daemon.expiries import Expiry
 from kvd.daemon.memory import Memory
 
 
@@ -37,7 +38,9 @@ class Inherited:
         self._checking = arrivals.checking
         self._remove = remove
 
-    def revive(self, meta: ChunkMeta, placement: Placement, now_ns: int) -> bool:
+    def revive(
+        self, meta: ChunkMeta, placement: Placement, now_ns: int, expiry: Expiry | None = None
+    ) -> bool:
         """List a chunk that an earlier daemon left in memory, in an extent that is allocated; it is
         verified when it is first pinned. False if it is here already.
         """
@@ -45,7 +48,7 @@ class Inherited:
             return False
         entry = Entry(meta)
         self._memory.place(entry, placement)
-        self._directory.insert(entry)
+        self._directory.insert(entry, expiry)
         self._memory.policy.insert(meta, now_ns)
         self.unverified.add(entry)
         return True

@@ -1,17 +1,21 @@
 """Labels: what a record in the segment log says of its chunk. docs/formats/index.md.
 
-A label is the chunk's meta and its tenant, in bytes of one form only: what decodes encodes to the
-same bytes again. It has no checksum of its own, since it lies in a header or a value that has one.
+A label is the chunk's meta, its tenant and its end if it has one, in bytes of one form only: what
+decodes encodes to the same bytes again. It has no checksum of its own, since it lies in a header or
+a value that has one.
 """
 
 from __future__ import annotations
 
 import struct
 from hashlib import blake2b
+from typing import NamedTuple
 
 from kvd.chunk import CATEGORY_SIZE_MAX, REUSE_SIZE_MAX, ChunkMeta, Fingerprint
+from kvd.daemon.expiries import Stamp
 from kvd.errors import Corrupt, InvalidRequest
 from kvd.keys import KEY_SIZE, ChunkKey, short
+from kvd.proto.limits import TTL_NS_MAX
 
 LABEL_VERSION = 1
 
@@ -25,16 +29,29 @@ NO_TENANT = bytes(TENANT_SIZE)
 # key, layout, parent.
 _HEAD = struct.Struct("<BBBBIQIHH8s32s32s32s")
 
-LABEL_SIZE_MAX = _HEAD.size + CATEGORY_SIZE_MAX + REUSE_SIZE_MAX
+# End and time to live, behind the head of a chunk that has them.
+_END = struct.Struct("<QQ")
+
+LABEL_SIZE_MAX = _HEAD.size + _END.size + CATEGORY_SIZE_MAX + REUSE_SIZE_MAX
 
 _FLAG_PARENT = 1
+_FLAG_END = 2
 _NO_PARENT = bytes(KEY_SIZE)
 _PREFILL_US_MAX = (1 << 32) - 1
 _TENANT_DOMAIN = b"kvd.tenant.1"
 
 
-def encode_label(meta: ChunkMeta, tenant: bytes) -> bytes:
-    """The label of a chunk: at most `LABEL_SIZE_MAX` bytes, the same for the same meta and tenant.
+class Label(NamedTuple):
+    """What a label says: the chunk, whose it is, and when it ends if it does."""
+
+    meta: ChunkMeta
+    tenant: bytes
+    stamp: Stamp | None = None
+
+
+def encode_label(meta: ChunkMeta, tenant: bytes, stamp: Stamp | None = None) -> bytes:
+    """The label of a chunk: at most `LABEL_SIZE_MAX` bytes, the same for the same meta, tenant and
+    end.
 
     A prefill of more than 2^32 - 1 us (71 minutes) is said to be just that. Raises `InvalidRequest`
     for what has no room in a label.
@@ -49,7 +66,7 @@ def encode_label(meta: ChunkMeta, tenant: bytes) -> bytes:
     category = meta.category.encode()
     head = _HEAD.pack(
         LABEL_VERSION,
-        0 if meta.parent is None else _FLAG_PARENT,
+        _flags(meta, stamp),
         len(category),
         0,
         meta.num_tokens,
@@ -62,13 +79,11 @@ def encode_label(meta: ChunkMeta, tenant: bytes) -> bytes:
         meta.layout,
         _NO_PARENT if meta.parent is None else meta.parent,
     )
-    return head + category + meta.reuse
+    return head + (b"" if stamp is None else _END.pack(*stamp)) + category + meta.reuse
 
 
-def decode_label(label: bytes) -> tuple[ChunkMeta, bytes]:
-    """The chunk's meta and its tenant. Raises `Corrupt` for any bytes that `encode_label` does not
-    make.
-    """
+def decode_label(label: bytes) -> Label:
+    """The inverse. Raises `Corrupt` for any bytes that `encode_label` does not make."""
     size = len(label)
     if size < _HEAD.size:
         raise Corrupt(f"a label has {_HEAD.size} bytes or more, found {size}")
@@ -87,24 +102,25 @@ def decode_label(label: bytes) -> tuple[ChunkMeta, bytes]:
     tenant, key, layout, parent = names
     if version != LABEL_VERSION:
         raise Corrupt(f"label version {LABEL_VERSION} expected, found {version}")
+    at = _HEAD.size + (_END.size if flags & _FLAG_END else 0)
     if (
-        flags > _FLAG_PARENT
+        flags > _FLAG_PARENT | _FLAG_END
         or zero
         or zeros
         or not num_tokens
         or category_size > CATEGORY_SIZE_MAX
         or reuse_size > REUSE_SIZE_MAX
-        or size != _HEAD.size + category_size + reuse_size
-        or (not flags and parent != _NO_PARENT)
+        or size != at + category_size + reuse_size
+        or (not flags & _FLAG_PARENT and parent != _NO_PARENT)
     ):
         raise Corrupt("a label's head has values that no chunk has")
     category, reuse = "", b""
-    if size > _HEAD.size:
-        category = _decode_category(label[_HEAD.size : _HEAD.size + category_size])
-        reuse = label[_HEAD.size + category_size :]
+    if size > at:
+        category = _decode_category(label[at : at + category_size])
+        reuse = label[at + category_size :]
     meta = ChunkMeta(
         key=ChunkKey(key),
-        parent=parent if flags else None,
+        parent=parent if flags & _FLAG_PARENT else None,
         layout=Fingerprint(layout),
         start=start,
         num_tokens=num_tokens,
@@ -112,12 +128,12 @@ def decode_label(label: bytes) -> tuple[ChunkMeta, bytes]:
         prefill_us=prefill_us,
         reuse=reuse,
     )
-    return meta, tenant
+    return Label(meta, tenant, _decode_end(label) if flags & _FLAG_END else None)
 
 
 def check_label(meta: ChunkMeta, label: bytes) -> None:
     """Raise `Corrupt` unless the label is that of this chunk."""
-    found, _ = decode_label(label)
+    found = decode_label(label).meta
     if found.key != meta.key or found.layout != meta.layout:
         raise Corrupt(f"chunk {short(meta.key)} wanted, the record is {short(found.key)}")
     if found.num_tokens != meta.num_tokens:
@@ -131,6 +147,19 @@ def tenant_of(salt: str) -> bytes:
     if not salt:
         return NO_TENANT
     return blake2b(_TENANT_DOMAIN + salt.encode(), digest_size=TENANT_SIZE).digest()
+
+
+def _flags(meta: ChunkMeta, stamp: Stamp | None) -> int:
+    return (_FLAG_PARENT if meta.parent is not None else 0) | (
+        _FLAG_END if stamp is not None else 0
+    )
+
+
+def _decode_end(label: bytes) -> Stamp:
+    stamp = Stamp(*_END.unpack_from(label, _HEAD.size))
+    if not 0 < stamp.ttl_ns <= TTL_NS_MAX:
+        raise Corrupt(f"a label's time to live is 1 to {TTL_NS_MAX} ns, found {stamp.ttl_ns}")
+    return stamp
 
 
 def _decode_category(raw: bytes) -> str:

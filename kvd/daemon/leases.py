@@ -12,6 +12,7 @@ from kvd.chunk import ChunkMeta, Extent, Placement
 from kvd.daemon.arrival import Arrival
 from kvd.daemon.codec_rules import RAW
 from kvd.daemon.directory import Entry
+from kvd.daemon.expiries import Expiry
 from kvd.errors import InvalidRequest, UnknownLease
 
 LEASE_NS_DEFAULT = 30 * 10**9
@@ -82,12 +83,14 @@ class WriteLease(Lease):
 
     `is_shared` says that a client writes them through its own mapping: nobody can stop it, so they
     stay its own until it lets go. Others are written by the daemon, and end with the deadline.
-    `is_exact` says of the chunks that they are not computed on top of approximate KV.
+    `is_exact` says of the chunks that they are not computed on top of approximate KV, `expiry` how
+    long they stay.
     """
 
     is_shared: bool = True
     writer: Writer | None = None
     is_exact: bool = True
+    expiry: Expiry | None = None
 
     metas: list[ChunkMeta] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)

@@ -83,6 +83,7 @@ _COUNTERS = {
     "scrub_chunks": ("scrub_chunks", "Records that scrubbing has verified."),
     "scrub_bytes": ("scrub_bytes", "Bytes that scrubbing has verified."),
     "leases_expired": ("leases_expired", "Leases that ended by their deadline."),
+    "expired_chunks": ("expired_chunks", "Chunks whose time to live was over."),
     "clear_chunks": ("clear_chunks", "Chunks dropped by an operator."),
     "request_errors": ("request_errors", "Requests refused with an error."),
     "internal_errors": ("internal_errors", "Requests that failed inside the daemon."),

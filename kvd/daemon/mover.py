@@ -31,7 +31,7 @@ from kvd.daemon.coder import Coder
 from kvd.daemon.directory import Entry
 from kvd.daemon.index import ChunkIndex
 from kvd.daemon.index_feed import IndexFeed
-from kvd.daemon.labels import codec_text, encode_label
+from kvd.daemon.labels import codec_text
 from kvd.daemon.promoter import Promoter
 from kvd.daemon.roles import PersistCount, ScrubCount
 from kvd.daemon.shelf import Shelf
@@ -174,6 +174,8 @@ class Mover:
 
     def is_owed(self, entry: Entry) -> bool:
         if entry.on_disk is not None or entry.in_memory is None or self._is_resting:
+            return False
+        if self._store.directory.expiries.is_spent(entry):
             return False
         if entry.size > payload_size_max(self._log.segment_size):
             return False
@@ -366,6 +368,7 @@ class Mover:
             and entry.on_disk is None
             and not self._store.transit.is_demoting(entry)
             and self._store.directory.get(entry.meta.key) is entry
+            and not self._store.directory.expiries.is_spent(entry)
             and entry.size <= payload_size_max(self._log.segment_size)
         )
 
@@ -430,7 +433,7 @@ class Mover:
 
     async def _append(self, entry: Entry) -> Placement:
         """A durable copy of the entry."""
-        label = encode_label(entry.meta, self._store.tenant_of(entry.meta))
+        label = self._store.label_of(entry)
         payload = await self._payload_of(entry)
         codec = codec_text(payload.codec, is_exact=payload.is_exact)
         is_refused = False

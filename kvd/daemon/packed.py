@@ -84,6 +84,7 @@ class PackedMemory:
             entry.packed is None
             and entry.in_memory is not None
             and entry not in self._plain
+            and not self._store.directory.expiries.is_spent(entry)
             and self._coder.encodes("cpu", entry.meta, entry.in_memory)
         )
 

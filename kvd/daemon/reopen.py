@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
-from kvd.chunk import ChunkMeta, Extent, Fingerprint, Placement
+from kvd.chunk import Extent, Fingerprint, Placement
 from kvd.daemon.codec_rules import RAW
 from kvd.daemon.coder import Coder
 from kvd.daemon.config import Config
+from kvd.daemon.expiries import expiry_of
 from kvd.daemon.index import ChunkIndex, IndexRecord
-from kvd.daemon.labels import decode_label, parse_codec
+from kvd.daemon.labels import Label, decode_label, parse_codec
 from kvd.daemon.mover import Mover, MoverOptions
 from kvd.daemon.store import ChunkStore
 from kvd.errors import Corrupt, KvdError
@@ -95,6 +96,9 @@ async def reopen(
         records = _by_age(segment_log, records)
     with _no_collection():
         count = _restore(store, mover, records)
+    # Before a quota counts what is here, and before anybody asks for it.
+    while store.expire_chunks(time.monotonic_ns()):
+        continue
     mover.keep_quotas()
     if found.reason:
         await mover.feed.rebuild()
@@ -174,7 +178,7 @@ def _scan(segment_log: SegmentLog, progress: Progress | None) -> list[IndexRecor
     newest: dict[ChunkKey, tuple[int, IndexRecord]] = {}
     for extent, header in segment_log.scan(progress):
         try:
-            meta, _ = decode_label(header.label)
+            meta = decode_label(header.label).meta
         except Corrupt:
             continue
         known = newest.get(meta.key)
@@ -207,34 +211,37 @@ def _restore(store: ChunkStore, mover: Mover, records: Iterable[IndexRecord]) ->
     record may get the place of such a one, in the same life of the segment.
     """
     count = 0
+    now_ns, wall_now_ns = time.monotonic_ns(), time.time_ns()
     for record in records:
         found = _parse(store, record)
         extent = Extent(NAME, record.offset, record.size)
         if found is None or not mover.tier.log.adopt(extent, life=record.life):
             mover.index.delete(record.key, record.offset)
             continue
-        meta, tenant = found
         codec, is_exact = parse_codec(record.codec)
         placement = Placement(extent, codec, is_exact, record.checksum or None)
-        entry = store.restore(meta, placement)
+        # Also one that is over: what continues it goes with it.
+        expiry = expiry_of(found.stamp, now_ns=now_ns, wall_now_ns=wall_now_ns)
+        entry = store.restore(found.meta, placement, expiry)
         if entry is None:
             mover.tier.log.free(extent)
             continue
-        mover.adopt(entry, tenant)
+        mover.adopt(entry, found.tenant)
         count += 1
     return count
 
 
-def _parse(store: ChunkStore, record: IndexRecord) -> tuple[ChunkMeta, bytes] | None:
-    """The chunk of a record, and whose it is; None where the record contradicts itself."""
+def _parse(store: ChunkStore, record: IndexRecord) -> Label | None:
+    """The label of a record; None where the record contradicts itself."""
     try:
-        meta, tenant = decode_label(record.label)
+        label = decode_label(record.label)
     except Corrupt:
         return None
+    meta = label.meta
     if meta.key != record.key:
         return None
     layout = store.layouts.get(Fingerprint(meta.layout))
     is_raw = parse_codec(record.codec)[0] == RAW
     if is_raw and layout is not None and layout.size(meta.num_tokens) != record.size:
         return None
-    return meta, tenant
+    return label

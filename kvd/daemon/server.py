@@ -107,6 +107,9 @@ class Daemon:
             stack.callback(local.close)
             await stack.enter_async_context(self._grpc(store))
             await stack.enter_async_context(self._expire(store))
+            # What an earlier daemon left may be over by now.
+            while store.expire_chunks(time.monotonic_ns()):
+                await asyncio.sleep(0)
             self.store = store
             self.facts.state = "serving"
             log.info(
@@ -223,7 +226,10 @@ class Daemon:
         async def forever() -> None:
             while True:
                 await asyncio.sleep(EXPIRE_EVERY_S)
-                store.expire(time.monotonic_ns())
+                now_ns = time.monotonic_ns()
+                store.expire(now_ns)
+                while store.expire_chunks(now_ns):
+                    await asyncio.sleep(0)
 
         task = asyncio.create_task(forever())
         try:

@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError
 from kvd.chunk import ChunkMeta, Fingerprint
 from kvd.daemon import admin, pinned
 from kvd.daemon.arrival import Arrival
+from kvd.daemon.expiries import check_ttl_ns, expiry_after
 from kvd.daemon.leases import (
     ANYTHING_RAW,
     LEASE_NS_DEFAULT,
@@ -210,6 +211,7 @@ class Session:
 
     def _reserve(self, message: pb.ReserveRequest) -> pb.ReserveReply | Awaitable[pb.ReserveReply]:
         self._facts.check_serving()
+        check_ttl_ns(message.ttl_ns)
         metas = _metas_of(message)
         if message.wait_ns and self._store.below:
             size = self._store.missing_size(metas)
@@ -221,15 +223,18 @@ class Session:
     def _reserve_now(
         self, message: pb.ReserveRequest, metas: Sequence[ChunkMeta]
     ) -> pb.ReserveReply:
+        now_ns = time.monotonic_ns()
         lease, states = self._store.reserve(
             metas,
             lease_ns=message.lease_ns or LEASE_NS_DEFAULT,
-            now_ns=time.monotonic_ns(),
+            now_ns=now_ns,
             is_shared=self._has_arena,
             is_exact=not message.is_approximate,
             writer=self._writer,
+            expiry=expiry_after(message.ttl_ns, now_ns=now_ns, wall_now_ns=time.time_ns()),
         )
-        reply = pb.ReserveReply(states=[_STATES[state] for state in states])
+        states_named = [_STATES[state] for state in states]
+        reply = pb.ReserveReply(states=states_named, ttl_ns=message.ttl_ns)
         if lease is not None:
             self.leases.add(lease.id)
             reply.lease = lease.id
@@ -425,10 +430,11 @@ def lookup(store: ChunkStore, message: pb.LookupRequest) -> pb.LookupReply:
     if not message.standalone:
         packed = PackedKeys(message.keys)
         _check_count(len(packed))
-        prefetch_at_ns = time.monotonic_ns() if store.is_prefetching else None
-        count = store.lookup(packed, prefetch_at_ns=prefetch_at_ns, terms=terms)
+        now_ns = time.monotonic_ns()
+        count = store.lookup(packed, now_ns=now_ns, prefetch=store.is_prefetching, terms=terms)
         return pb.LookupReply(count=count)
-    present = store.present(checked_keys(message.keys), terms=terms)
+    keys = checked_keys(message.keys)
+    present = store.present(keys, now_ns=time.monotonic_ns(), terms=terms)
     return pb.LookupReply(count=sum(present), present=bytes(present))
 
 

@@ -7,6 +7,7 @@ what every one of them promises.
        └─ deadline + grace: the pins go                    a late reader is told
     pin of a chunk on disk ─► it arrives, from its first   a client waits for the bytes it wants
        byte to its last ─► in memory, or lost              what fails its checks is a miss
+    time to live ─► over ─► nobody finds it ─► gone        who has it pinned reads on until release
 
 Synchronous and single-threaded: the event loop calls it, no call waits for anything. What moves
 bytes between memory and disk, the `Lower`, tells the store what has become of them. Time comes in
@@ -24,7 +25,9 @@ from kvd.chunk import ChunkMeta, Extent, Fingerprint, Placement
 from kvd.daemon.arrival import Arrivals
 from kvd.daemon.directory import Directory, Entry, with_ancestors
 from kvd.daemon.eviction.base import EvictionPolicy
+from kvd.daemon.expiries import Expiry
 from kvd.daemon.inherited import Inherited
+from kvd.daemon.labels import encode_label
 from kvd.daemon.layout_book import LayoutBook
 from kvd.daemon.leases import (
     ANYTHING_RAW,
@@ -46,6 +49,10 @@ from kvd.keys import ChunkKey, PackedKeys, short
 from kvd.tiers.cpu import CpuTier
 
 ReserveState = Literal["granted", "exists", "busy", "full"]
+
+# Chunks that one step of a sweep ends, at some 20 us each: no client waits longer behind it than
+# behind a pin.
+EXPIRED_AT_ONCE_MAX = 64
 
 
 class ChunkStore:
@@ -150,30 +157,37 @@ class ChunkStore:
         self,
         keys: Sequence[ChunkKey] | PackedKeys,
         *,
-        prefetch_at_ns: int | None = None,
+        now_ns: int = 0,
+        prefetch: bool = False,
         terms: Terms = ANYTHING_RAW,
     ) -> int:
-        """How many of the first `keys`, a chain in order, are here for a client of `terms`. Says
-        nothing of a moment later: `pin` does. With `prefetch_at_ns`, the time, those on disk begin
-        to come.
+        """How many of the first `keys`, a chain in order, are here at `now_ns` for a client of
+        `terms`. Says nothing of a moment later: `pin` does. With `prefetch`, those on disk begin to
+        come.
         """
         found = self.directory.match(keys)
+        if self.directory.expiries.is_due(now_ns):
+            find = self.directory.finder(now_ns)
+            found = next((at for at in range(found) if find(keys[at]) is None), found)
         if terms.is_exact:
             exact = (self._is_exact(self.directory.get(keys[at])) for at in range(found))
             found = next((at for at, is_exact in enumerate(exact) if not is_exact), found)
-        if prefetch_at_ns is not None and self.below and found:
-            self.transit.prefetch(keys, found, prefetch_at_ns, terms=terms)
+        if prefetch and self.below and found:
+            self.transit.prefetch(keys, found, now_ns, terms=terms)
         self.counters["lookups"] += 1
         self.counters["lookup_chunks"] += len(keys)
         self.counters["lookup_hits"] += found
         return found
 
-    def present(self, keys: Sequence[ChunkKey], *, terms: Terms = ANYTHING_RAW) -> list[bool]:
-        """Which of `keys`, each for itself, are here for a client of `terms`."""
+    def present(
+        self, keys: Sequence[ChunkKey], *, now_ns: int = 0, terms: Terms = ANYTHING_RAW
+    ) -> list[bool]:
+        """Which of `keys`, each for itself, are here at `now_ns` for a client of `terms`."""
+        entries = map(self.directory.finder(now_ns), keys)
         if terms.is_exact:
-            found = [self._is_exact(self.directory.get(key)) for key in keys]
+            found = [self._is_exact(entry) for entry in entries]
         else:
-            found = [key in self.directory for key in keys]
+            found = [entry is not None for entry in entries]
         self.counters["lookups"] += 1
         self.counters["lookup_chunks"] += len(keys)
         self.counters["lookup_hits"] += sum(found)
@@ -192,6 +206,7 @@ class ChunkStore:
         is_shared: bool = True,
         is_exact: bool = True,
         writer: Writer | None = None,
+        expiry: Expiry | None = None,
     ) -> tuple[WriteLease | None, list[ReserveState]]:
         """Extents for those chunks that are neither here nor on their way, evicting others where
         needed.
@@ -199,7 +214,8 @@ class ChunkStore:
         The first chunk without room ends it: those behind it are "full" too, a chain with a hole is
         of no use. `is_exact` is False of chunks computed on top of approximate ones; those that are
         exact are granted where there is only an approximate copy that nobody reads, and take its
-        place. Raises `InvalidRequest`, `LayoutMismatch` or `TooLarge` before anything changes.
+        place. They end with `expiry`. One that is over and that somebody still reads is "busy".
+        Raises `InvalidRequest`, `LayoutMismatch` or `TooLarge` before anything changes.
         """
         check_lease_ns(lease_ns)
         sizes = [self._book.size_of(meta) for meta in metas]
@@ -217,7 +233,10 @@ class ChunkStore:
             is_shared=is_shared,
             writer=writer,
             is_exact=is_exact,
+            expiry=expiry,
         )
+        self._end_named(metas, now_ns)
+        find = self.directory.finder(now_ns)
         replaced = {meta.key for meta in metas if is_exact and self._is_inferior(meta.key)}
         family = self._family(metas)
         for entry in family:
@@ -228,7 +247,7 @@ class ChunkStore:
                 if is_full:
                     states.append("full")
                 elif meta.key in self.directory and meta.key not in replaced:
-                    states.append("exists")
+                    states.append("exists" if find(meta.key) is not None else "busy")
                 else:
                     states.append(self._reserve_one(lease, meta, size, now_ns))
         finally:
@@ -258,27 +277,30 @@ class ChunkStore:
                 f"lease {lease_id} ended before its commit; release it, then reserve again"
             )
         self._leases.end(lease)
-        hot = self.memory.hot
+        self._end_named(lease.metas, now_ns)
+        is_over = lease.expiry is not None and lease.expiry.expires_ns <= now_ns
         entries: list[Entry] = []
         # The tail first: what is inserted last is evicted last.
         for index in reversed(range(len(lease.metas))):
             meta, extent = lease.metas[index], lease.extents[index]
             del self._writing[meta.key]
             self.memory.unreserve(extent)
-            if not self._make_way(meta.key):
+            if is_over or not self._make_way(meta.key):
                 self.memory.free(extent)
                 continue
             entry = Entry(meta)
             checksum = checksums[index] if checksums else None
             placement = Placement(extent, is_exact=lease.is_exact, checksum=checksum)
             self.memory.place(entry, placement)
-            self.directory.insert(entry)
+            self.directory.insert(entry, lease.expiry)
             self._policy.insert(meta, now_ns)
             self.counters["commit_bytes"] += extent.size
-            if hot is not None and lease.is_exact:
-                # What is remembered beyond the daemon's life is taken for exact.
-                hot.keep(entry)
             entries.append(entry)
+        if self.memory.hot is not None and lease.is_exact:
+            # What is remembered beyond the daemon's life is taken for exact. Only now is it known
+            # when they end.
+            for entry in entries:
+                self.memory.hot.keep(entry)
         self.counters["commit_chunks"] += len(entries)
         for below in self.below:
             below.wake(entries)
@@ -316,7 +338,7 @@ class ChunkStore:
         is in it. Raises `LayoutMismatch` if one is of another layout: then nothing is pinned.
         """
         check_lease_ns(lease_ns)
-        entries, found = self._find(keys, layout, standalone=standalone, terms=terms)
+        entries, found = self._find(keys, layout, now_ns, standalone=standalone, terms=terms)
         self.counters["pin_chunks"] += len(keys)
         loans: dict[int, Loan] = {}
         if terms.is_exact or any(entry.in_memory is None for entry in entries):
@@ -370,6 +392,22 @@ class ChunkStore:
         self.counters["leases_expired"] += ended
         return ended
 
+    def expire_chunks(self, now_ns: int) -> bool:
+        """Drop chunks that are over, but none that somebody reads; whether there may be more than
+        one call takes.
+        """
+        expiries = self.directory.expiries
+        is_more = expiries.spend(now_ns, EXPIRED_AT_ONCE_MAX)
+        for entry in expiries.spent:
+            self._end(entry)
+        return is_more
+
+    def label_of(self, entry: Entry) -> bytes:
+        """What a copy that outlives the daemon says of its chunk."""
+        expiry = self.directory.expiries.get(entry)
+        stamp = expiry.stamp if expiry is not None else None
+        return encode_label(entry.meta, self.tenant_of(entry.meta), stamp)
+
     def lease(self, lease_id: int) -> ReadLease | WriteLease:
         """An open lease whose deadline has not passed unnoticed, for byte transfers. Raises
         `UnknownLease`, `LeaseExpired`.
@@ -379,11 +417,12 @@ class ChunkStore:
             raise LeaseExpired(f"lease {lease_id} has ended")
         return lease
 
-    def hold(self, keys: Sequence[ChunkKey], is_held: bool) -> int:
+    def hold(self, keys: Sequence[ChunkKey], is_held: bool, *, now_ns: int = 0) -> int:
         """An operator's pin without a deadline, or its end, for those of `keys` that are here; how
-        many are.
+        many are. It does not keep a chunk beyond its time to live.
         """
-        entries = [entry for key in keys if (entry := self.directory.get(key)) is not None]
+        find = self.directory.finder(now_ns)
+        entries = [entry for key in keys if (entry := find(key)) is not None]
         for entry in entries:
             entry.is_held = is_held
         if is_held:
@@ -522,12 +561,35 @@ class ChunkStore:
         self.inherited.forget(entry)
         entry.on_disk = entry.packed = None
 
+    def _end_named(self, metas: Sequence[ChunkMeta], now_ns: int) -> None:
+        """Make way for those of `metas` that are over, before any sweep."""
+        expiries = self.directory.expiries
+        if not expiries.is_due(now_ns):
+            return
+        for meta in metas:
+            entry = self.directory.get(meta.key)
+            if entry is not None and expiries.is_over(entry, now_ns):
+                self._end(entry)
+
+    def _end(self, entry: Entry) -> None:
+        """A chunk is over: it goes, or stays for those who read it until they have done."""
+        if entry.pins > self.transit.num_moves(entry):
+            return
+        self.counters["expired_chunks"] += 1
+        self._remove(entry)
+
     def _find(
-        self, keys: Sequence[ChunkKey], layout: Fingerprint, *, standalone: bool, terms: Terms
+        self,
+        keys: Sequence[ChunkKey],
+        layout: Fingerprint,
+        now_ns: int,
+        *,
+        standalone: bool,
+        terms: Terms,
     ) -> tuple[list[Entry], list[bool]]:
         entries: list[Entry] = []
         found: list[bool] = []
-        get = self.directory.get
+        get = self.directory.finder(now_ns)
         for key in keys:
             entry = get(key)
             if entry is not None and entry.meta.layout != layout:

@@ -17,6 +17,7 @@ from kvd.chunk import ChunkMeta, Extent, Placement
 from kvd.daemon.arrival import Arrival, Arrivals
 from kvd.daemon.codec_rules import RAW
 from kvd.daemon.directory import Directory, Entry
+from kvd.daemon.expiries import Expiry
 from kvd.daemon.leases import ANYTHING_RAW, Loan, Terms
 from kvd.daemon.loans import Loans
 from kvd.daemon.memory import Memory
@@ -281,6 +282,11 @@ class Transit:
         """Whether its bytes in memory are being written or encoded."""
         return entry in self.demoting or entry in self.packing
 
+    def num_moves(self, entry: Entry) -> int:
+        """How many moves have the entry pinned; its other pins are those of readers."""
+        moving = (entry in self.demoting, entry in self.packing, entry in self.arriving)
+        return sum(moving)
+
     def _stays(self, entry: Entry) -> bool:
         """A move that needed the chunk's bytes has ended; False if it is not listed any more."""
         self._memory.unpin(entry)
@@ -306,16 +312,19 @@ class Transit:
         """Whether its bytes are on their way to disk."""
         return entry in self.demoting
 
-    def restore(self, meta: ChunkMeta, placement: Placement) -> Entry | None:
+    def restore(
+        self, meta: ChunkMeta, placement: Placement, expiry: Expiry | None = None
+    ) -> Entry | None:
         """List a chunk that is on disk from before; None if it is listed with such a copy."""
         entry = self._directory.get(meta.key)
         if entry is None:
             entry = Entry(meta, on_disk=placement)
-            self._directory.insert(entry)
+            self._directory.insert(entry, expiry)
             return entry
         if entry.on_disk is not None:
             return None
         self._memory.shelve(entry, placement)
+        self._directory.expiries.begin(entry, expiry)
         return entry
 
     def unshelve(self, entry: Entry) -> None:

@@ -206,6 +206,9 @@ class Upkeep:
     async def _copy_on(self, entry: Entry) -> None:
         """Write a chunk's copy once more, at the log's end."""
         placement = entry.on_disk
+        if self._store.directory.expiries.is_spent(entry):
+            # Over, and here only for those who read it.
+            return
         if placement is None or self.room < record_size(placement.extent.size):
             return
         out = aligned_bytes(placement.extent.size)

@@ -203,7 +203,7 @@ class LookupReply(_message.Message):
     def __init__(self, count: _Optional[int] = ..., present: _Optional[bytes] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
-    __slots__ = ("layout", "keys", "parent", "standalone", "start", "num_tokens", "category", "prefill_us", "lease_ns", "wait_ns", "is_approximate")
+    __slots__ = ("layout", "keys", "parent", "standalone", "start", "num_tokens", "category", "prefill_us", "lease_ns", "wait_ns", "is_approximate", "ttl_ns")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
@@ -215,6 +215,7 @@ class ReserveRequest(_message.Message):
     LEASE_NS_FIELD_NUMBER: _ClassVar[int]
     WAIT_NS_FIELD_NUMBER: _ClassVar[int]
     IS_APPROXIMATE_FIELD_NUMBER: _ClassVar[int]
+    TTL_NS_FIELD_NUMBER: _ClassVar[int]
     layout: bytes
     keys: bytes
     parent: bytes
@@ -226,21 +227,24 @@ class ReserveRequest(_message.Message):
     lease_ns: int
     wait_ns: int
     is_approximate: bool
-    def __init__(self, layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., standalone: bool = ..., start: _Optional[int] = ..., num_tokens: _Optional[_Iterable[int]] = ..., category: _Optional[str] = ..., prefill_us: _Optional[int] = ..., lease_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ..., is_approximate: bool = ...) -> None: ...
+    ttl_ns: int
+    def __init__(self, layout: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., standalone: bool = ..., start: _Optional[int] = ..., num_tokens: _Optional[_Iterable[int]] = ..., category: _Optional[str] = ..., prefill_us: _Optional[int] = ..., lease_ns: _Optional[int] = ..., wait_ns: _Optional[int] = ..., is_approximate: bool = ..., ttl_ns: _Optional[int] = ...) -> None: ...
 
 class ReserveReply(_message.Message):
-    __slots__ = ("lease", "deadline_ns", "states", "offsets", "sizes")
+    __slots__ = ("lease", "deadline_ns", "states", "offsets", "sizes", "ttl_ns")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_NS_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
     SIZES_FIELD_NUMBER: _ClassVar[int]
+    TTL_NS_FIELD_NUMBER: _ClassVar[int]
     lease: int
     deadline_ns: int
     states: _containers.RepeatedScalarFieldContainer[ChunkState]
     offsets: _containers.RepeatedScalarFieldContainer[int]
     sizes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, lease: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., states: _Optional[_Iterable[_Union[ChunkState, str]]] = ..., offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ...) -> None: ...
+    ttl_ns: int
+    def __init__(self, lease: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., states: _Optional[_Iterable[_Union[ChunkState, str]]] = ..., offsets: _Optional[_Iterable[int]] = ..., sizes: _Optional[_Iterable[int]] = ..., ttl_ns: _Optional[int] = ...) -> None: ...
 
 class CommitRequest(_message.Message):
     __slots__ = ("lease", "checksums")
@@ -512,7 +516,7 @@ class ListRequest(_message.Message):
     def __init__(self, limit: _Optional[int] = ..., cursor: _Optional[int] = ..., category: _Optional[str] = ..., layout: _Optional[bytes] = ...) -> None: ...
 
 class ChunkInfo(_message.Message):
-    __slots__ = ("key", "parent", "layout", "start", "num_tokens", "category", "size", "tier", "codec", "pins", "is_held", "is_exact")
+    __slots__ = ("key", "parent", "layout", "start", "num_tokens", "category", "size", "tier", "codec", "pins", "is_held", "is_exact", "expires_in_ns")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
@@ -525,6 +529,7 @@ class ChunkInfo(_message.Message):
     PINS_FIELD_NUMBER: _ClassVar[int]
     IS_HELD_FIELD_NUMBER: _ClassVar[int]
     IS_EXACT_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_NS_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     parent: bytes
     layout: bytes
@@ -537,7 +542,8 @@ class ChunkInfo(_message.Message):
     pins: int
     is_held: bool
     is_exact: bool
-    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., category: _Optional[str] = ..., size: _Optional[int] = ..., tier: _Optional[str] = ..., codec: _Optional[str] = ..., pins: _Optional[int] = ..., is_held: bool = ..., is_exact: bool = ...) -> None: ...
+    expires_in_ns: int
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., category: _Optional[str] = ..., size: _Optional[int] = ..., tier: _Optional[str] = ..., codec: _Optional[str] = ..., pins: _Optional[int] = ..., is_held: bool = ..., is_exact: bool = ..., expires_in_ns: _Optional[int] = ...) -> None: ...
 
 class ListReply(_message.Message):
     __slots__ = ("chunks", "cursor", "layouts")

@@ -11,6 +11,9 @@ MESSAGE_SIZE_MAX = 128 << 10
 # packet as well.
 KEYS_MAX = 2048
 
+# The longest time to live: ten years. Who means longer means none.
+TTL_NS_MAX = 10 * 365 * 86400 * 10**9
+
 # Codecs that one Pin or Lookup may name, and letters of a name: as many as a bitstream has for it.
 CODECS_MAX = 16
 CODEC_SIZE_MAX = 16
