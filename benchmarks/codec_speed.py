@@ -6,9 +6,12 @@ On the back of an envelope: `kvq` decodes 32 symbols in about 60 cycles, and tou
 five more loops of vectors: 3 cycles an element, 2 GB/s of 16-bit elements at 3 GHz. Behind a
 transform of C channels come 2 C operations an element: at 100 GFLOP/s and 256 channels 5 ns, which
 is 0.4 GB/s whatever else is done. `bf16` looks symbols up four at a time: 1 ns an element, 2 GB/s.
+Two threads have a chunk each and share nothing: twice as fast, as far as a loop is that does no
+more than multiply (codec_two_cores.py).
 
 CPU time of this process, one thread, beside a memcpy of the chunk in the same round. Chunks are
-made here, no model is run: channels of scales over a decade, a few with large means, keys rotated.
+made here, no model is run: channels of scales over a decade, a few with large means, keys rotated,
+every fourth token worth a finer step. `entropy` is symbols out of words and no more.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +28,8 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.codec_entropy import entropy_decoder
+from benchmarks.codec_two_cores import Task, two_cores
 from benchmarks.common import (
     Figure,
     Row,
@@ -37,6 +43,7 @@ from benchmarks.common import (
     significant,
     write_json,
 )
+from kvd.codecs.attention_score import token_classes
 from kvd.codecs.base import Bytes, Codec, Span
 from kvd.codecs.bf16 import Bf16
 from kvd.codecs.kvq import Kvq
@@ -47,6 +54,9 @@ from kvd.layout import KVLayout
 NUM_TOKENS = 256
 START = 1024
 ROUNDS, ROUNDS_QUICK = 31, 5
+
+# Rounds of what takes as long as six chunks and one.
+ROUNDS_CORES, ROUNDS_CORES_QUICK = 15, 5
 
 # Layers, heads and dims; few layers of a large model are as good as all.
 SHAPES = {"smollm2": (30, 3, 64), "qwen": (24, 2, 64), "llama-8b": (8, 8, 128)}
@@ -65,7 +75,14 @@ TARGETS = {
     ("kvq", "none", "llama-8b", "decode"): 0.55,
     ("kvq", "none", "smollm2", "encode"): 0.4,
     ("kvq", "none", "llama-8b", "encode"): 0.4,
+    ("kvq", "classes", "smollm2", "encode"): 0.3,
+    ("kvq", "classes", "llama-8b", "encode"): 0.3,
+    ("kvq", "head", "smollm2", "encode"): 0.3,
+    ("kvq", "head", "llama-8b", "encode"): 0.3,
     ("kvq", "head", "llama-8b", "decode"): 0.35,
+    ("kvq", "entropy", "smollm2", "decode"): 0.8,
+    ("bf16", "-", "smollm2", "decode"): 1.5,
+    ("bf16", "-", "llama-8b", "decode"): 1.5,
     ("bf16", "-", "qwen", "decode"): 1.5,
 }
 
@@ -79,6 +96,7 @@ class Case:
     shape: str
     layout: KVLayout
     chunk: Bytes
+    profile: Profile
     coder: Codec
 
     @property
@@ -103,6 +121,7 @@ def main() -> None:
     args = arguments(__doc__ or "").parse_args()
     console = console_for(args.json)
     rounds = ROUNDS_QUICK if args.quick else ROUNDS
+    keep_products_to_one_thread()
     cases = [case for shape in SHAPES for case in cases_of(shape)]
     rows: list[Row] = []
     figures: list[Figure] = []
@@ -112,36 +131,67 @@ def main() -> None:
             rows += found
             figures += aims
             tick()
+    pairs = two_cores(tasks_of("smollm2"), ROUNDS_CORES_QUICK if args.quick else ROUNDS_CORES)
+    two_rows, two_figures = pairs
     print_rows(console, "A core's speed", rows)
-    print_figures(console, figures)
-    write_json(args.json, "codec_speed", figures, rows)
+    print_rows(console, "Two cores' speed", two_rows)
+    print_figures(console, figures + two_figures)
+    write_json(args.json, "codec_speed", figures + two_figures, rows + two_rows)
+
+
+def keep_products_to_one_thread() -> None:
+    """As the daemon does (daemon/coder.py)."""
+    with suppress(ImportError):
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+        threadpool_limits(1, user_api="blas")
 
 
 def cases_of(shape: str) -> list[Case]:
-    plain = SHAPES[shape]
-    layout, chunk, profile = chunk_of(*plain)
-    found = [named("bf16", "-", shape, layout, chunk, Bf16())]
-    for level in ("none", "dithered", "classes"):
-        classes = every_fourth if level == "classes" else None
-        coder = Kvq(level, OneProfile(profile), token_classes=classes)
-        found.append(named("kvq", level, shape, layout, chunk, coder))
+    found = [case_of("bf16", "-", shape)]
+    found += [case_of("kvq", level, shape) for level in ("none", "dithered", "classes")]
     if shape in SHAPES_TRANSFORMED:
-        layout, chunk, profile = chunk_of(*SHAPES_TRANSFORMED[shape], with_basis=True)
-        for level in ("head", "head dithered"):
-            coder = Kvq(level, OneProfile(profile))
-            found.append(named("kvq", level, shape, layout, chunk, coder))
+        found += [case_of("kvq", level, shape) for level in ("head", "head dithered")]
     return found
 
 
-def named(codec: str, level: str, shape: str, layout: KVLayout, chunk: Bytes, coder: Codec) -> Case:
-    return Case(codec=codec, level=level, shape=shape, layout=layout, chunk=chunk, coder=coder)
+def case_of(codec: str, level: str, shape: str) -> Case:
+    is_transformed = level.startswith("head")
+    dims = (SHAPES_TRANSFORMED if is_transformed else SHAPES)[shape]
+    layout, chunk, profile = chunk_of(*dims, with_basis=is_transformed)
+    coder: Codec = Bf16()
+    if codec == "kvq":
+        classes = token_classes if level == "classes" else None
+        coder = Kvq(level, OneProfile(profile), token_classes=classes)
+    return Case(
+        codec=codec,
+        level=level,
+        shape=shape,
+        layout=layout,
+        chunk=chunk,
+        profile=profile,
+        coder=coder,
+    )
 
 
-def every_fourth(keys: NDArray[np.float32], profile: Profile, layer: int) -> NDArray[np.uint8]:
-    """A quarter of the tokens finer: 1 or 2."""
-    classes = np.zeros(keys.shape[:2], np.uint8)
-    classes[::4], classes[::32] = 1, 2
-    return classes
+def tasks_of(shape: str) -> list[Task]:
+    """What two threads do side by side."""
+    cases = {
+        "bf16": case_of("bf16", "-", shape),
+        "kvq": case_of("kvq", "none", shape),
+        "kvq_classes": case_of("kvq", "classes", shape),
+    }
+    return [
+        Task(
+            codec=name,
+            coder=case.coder,
+            layout=case.layout,
+            chunk=case.chunk,
+            span=case.span,
+            operations=("encode", "decode"),
+        )
+        for name, case in cases.items()
+    ]
 
 
 def measured(case: Case, rounds: int) -> tuple[list[Row], list[Figure]]:
@@ -160,19 +210,23 @@ def measured(case: Case, rounds: int) -> tuple[list[Row], list[Figure]]:
         np.copyto(target, case.chunk)
 
     work: dict[str, Callable[[], None]] = {"encode": encode, "decode": decode, "memcpy": copy}
-    decode()
+    if (case.codec, case.level) == ("kvq", "none"):
+        work["entropy"] = entropy_decoder(bitstream, case.layout, case.span, case.profile)
+    for function in work.values():
+        function()
     times = interleave([seconds_of(function) for function in work.values()], rounds)
     rates = dict(
         zip(work, ([case.chunk.size / 1e9 / t for t in one] for one in times), strict=True)
     )
     rows, figures = [], []
-    for name in ("encode", "decode"):
-        rows.append(row_of(case, name, rates, size))
-        key = (case.codec, case.level, case.shape, name)
+    for name in [name for name in work if name != "memcpy"]:
+        level, operation = ("entropy", "decode") if name == "entropy" else (case.level, name)
+        rows.append(row_of(case, level, operation, rates[name], rates["memcpy"], size))
+        key = (case.codec, level, case.shape, operation)
         if key in TARGETS:
             figures.append(
                 Figure.of(
-                    f"{case.codec}_{case.level}_{case.shape}_{name}".replace("_-", ""),
+                    "_".join(part for part in key if part != "-"),
                     median_of(rates[name]),
                     target=TARGETS[key],
                     at_least=True,
@@ -182,17 +236,19 @@ def measured(case: Case, rounds: int) -> tuple[list[Row], list[Figure]]:
     return rows, figures
 
 
-def row_of(case: Case, name: str, rates: dict[str, list[float]], size: int) -> Row:
-    rate = median_of(rates[name])
+def row_of(
+    case: Case, level: str, operation: str, rates: list[float], copies: list[float], size: int
+) -> Row:
+    rate = median_of(rates)
     return {
         "codec": case.codec,
-        "level": case.level,
+        "level": level,
         "shape": case.shape,
-        "operation": name,
+        "operation": operation,
         "bits_a_value": significant(16 * size / case.chunk.size, 3),
         "GB_per_s": significant(rate.value, 3),
         "CPU_s_per_GB": significant(1 / rate.value, 3),
-        "memcpy_GB_per_s": significant(median_of(rates["memcpy"]).value, 3),
+        "memcpy_GB_per_s": significant(median_of(copies).value, 3),
         "samples": rate.samples,
     }
 
@@ -235,8 +291,21 @@ def chunk_of(
         steps=(scales * random.choice([0.4, 0.8], shape)).astype(np.float32),
         levels=LEVELS,
         bases={"head": bases_of(random, (layers, heads, 2 * dim))} if with_basis else {},
+        scores=scores_of(random, means[:, 0], scales[:, 0]),
     )
     return layout, bytes_of(random, layout, profile, scales), profile
+
+
+def scores_of(
+    random: np.random.Generator, means: NDArray[np.float32], scales: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """A quarter of the tokens is of class 1 or 2, 3 % are of class 2: float32 [layers, heads, dim +
+    1], where keys have such means and scales.
+    """
+    weights = random.normal(size=means.shape)
+    weights *= 0.843 / np.linalg.norm(weights, axis=-1, keepdims=True) / scales
+    constants = -0.068 - (weights * means).sum(-1, keepdims=True)
+    return np.concatenate([weights, constants], axis=-1).astype(np.float32)
 
 
 def bytes_of(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from kvd.codecs import kvq_section
+from kvd.codecs.attention_score import token_classes
 from kvd.codecs.base import Bytes, Codec, Part, Span
 from kvd.codecs.bitstream import body_offset, read_header, read_sections, write_head
 from kvd.codecs.kernels import ids as ids_by_loops
@@ -176,6 +177,80 @@ def test_numba_and_numpy_agree_behind_a_transform(level: str, dtype: str) -> Non
         found.append(numbers_of(out, layout))
     ulp = 2.0 ** (-7 if dtype == "bfloat16" else -10)
     assert (np.abs(found[0] - found[1]) <= ulp * np.abs(found[1]) + 1e-5).all()
+
+
+@pytest.mark.parametrize("level", ["none", "dithered"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tokens_beyond_a_tile_have_the_same_bits(level: str, dtype: str) -> None:
+    layout = layout_of(1, 2, 2, 40, dtype=dtype)
+    for kind in ("real", "outliers", "holes"):
+        chunk = _values(kind, layout, 301, 6).copy()
+        codecs = [Kvq(level, Book(level), compute=each, token_classes=every_third) for each in BOTH]
+        found = [encoded(codec, chunk, layout, start=2).tobytes() for codec in codecs]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dim", [1, 7, 8, 20, 64, 128, 200, 264])
+@pytest.mark.parametrize("style", ["half", "pairs"])
+def test_numba_finds_the_classes_of_the_scores(dim: int, style: str) -> None:
+    layout = layout_of(2, 2, 2, dim)
+    chunk = _values("holes", layout, 70, dim).copy()
+    profile = Book("none", style).for_layout(layout)  # type: ignore[arg-type]
+    weights = bell(2 * 2 * dim, 9).reshape(2, 2, dim) / np.sqrt(dim)
+    # Sums near the edges between classes: the order of adding shows.
+    weights[1] *= 1e-3
+    bias = np.array([0.3, 0.5]).reshape(2, 1, 1).repeat(2, axis=1)
+    scores = np.concatenate([weights, bias], axis=-1).astype(np.float32)
+    book = OneProfile(replace(profile, scores=scores))
+    codecs = [Kvq("none", book, compute=each, token_classes=token_classes) for each in BOTH]
+    bitstreams = [encoded(codec, chunk, layout, start=4) for codec in codecs]
+    assert bitstreams[0].tobytes() == bitstreams[1].tobytes()
+    classes = np.array([each.classes for each in contents(bitstreams[0], layout, 70, 4)])
+    assert set(np.unique(classes[classes != CLASS_RAW])) >= {0, 1}
+
+
+@pytest.mark.parametrize("dim", [5, 64, 127, 200, 264])
+def test_scores_are_added_in_the_order_of_numpy(dim: int) -> None:
+    # Large weights whose sum is about 0: what is left is what rounding left, by the order.
+    weights = (bell(dim, 3) * 1e6).astype(np.float32)
+    weights[-1] = -weights[:-1].astype(np.float64).sum()
+    keys = stored(np.repeat(1 + np.abs(bell(256, 8)), dim).reshape(1, 1, 256, 1, dim), "bfloat16")
+    layout, span = layout_of(1, 1, 1, dim), Span(start=0, num_tokens=256)
+    scores = np.append(weights, np.float32(1)).reshape(1, 1, dim + 1)
+    profile = replace(Book().for_layout(layout), rope=Rope(), scores=scores)
+    ones = np.ones((1, 1, 1, dim), np.float32)
+    scales = Scales(means=ones, steps=ones, rotation=rotation(Rope(), span), is_half=False)
+    kv = keys.view(np.uint16).reshape(layout.shape(256))
+    found = numba_kvq.token_classes(kv, scales, scores, 2)
+    numbers = numbers_of(keys, layout)[0, 0].astype(np.float32)
+    assert np.array_equal(found[0], token_classes(numbers, profile, 0))
+    assert len(np.unique(found)) > 1
+
+
+def test_a_quotient_is_exact_for_every_frequency() -> None:
+    # Each state that a lane may have depends on all symbols behind it: 2^20 quotients.
+    for scale in (0.4, 2.0, 30.0):
+        symbols = np.rint(bell(2048 * 512, 12).reshape(2048, 512) * scale).astype(np.int16)
+        classes = np.zeros(2048, np.uint8)
+        ids = numba_kvq.choose_tables(symbols, classes)
+        coded = numba_kvq.encode(symbols, classes, ids)
+        assert np.array_equal(numba_kvq.decode(coded, classes, ids, 2048), symbols)
+
+
+def test_costs_of_many_tokens_do_not_run_over() -> None:
+    # 2^17 costs of 27 bits: more than 32 bits hold.
+    symbols = np.full((1 << 17, 1), 20_000, np.int16)
+    for finer in (1, 2):
+        symbols[::2] = 3
+        classes = np.zeros(len(symbols), np.uint8)
+        classes[1::3] = finer
+        sums = np.zeros(NUM_TABLES)
+        magnitudes = np.minimum(symbols[:, 0], SUPPORT_MAX + 1)
+        for index in range(CLASS_RAW):
+            counts = np.bincount(magnitudes[classes == index], minlength=SUPPORT_MAX + 2)
+            sums += counts @ tables().costs[index]
+        assert sums.min() > 1 << 32
+        assert numba_kvq.choose_tables(symbols, classes)[0] == sums.argmin()
 
 
 def every_third(keys: NDArray[np.float32], profile: Any, layer: int) -> NDArray[np.uint8]:

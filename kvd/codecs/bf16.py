@@ -6,7 +6,10 @@ they are where coding does not pay.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from kvd.codecs.base import WHOLE, Bytes, Part, Span
 from kvd.codecs.bf16_block import (
@@ -14,16 +17,21 @@ from kvd.codecs.bf16_block import (
     decode_block,
     fastest_kernels,
     fastest_sections,
+    fastest_writer,
     read_block,
     write_block,
 )
 from kvd.codecs.bitstream import (
+    SECTION_ALIGN,
     Header,
     Section,
+    body_offset,
     read_header_of,
     read_sections,
+    section_ranges,
     total_size,
     write_bitstream,
+    write_head,
 )
 from kvd.codecs.kernels import reference_bf16
 from kvd.codecs.values import as_layers
@@ -55,16 +63,18 @@ class Bf16:
         shift = _shift_of(layout)
         assert out.size >= self.size_bytes_max(layout, span.num_tokens)
         chunk = as_layers(kv, layout, span.num_tokens, np.uint16)
-
-        def write_section(layers: range, heads: range, target: Bytes) -> int:
-            size = 0
-            for layer in layers:
-                for plane in chunk[layer, :, :, heads.start : heads.stop]:
-                    values = np.ascontiguousarray(plane).reshape(span.num_tokens, -1)
-                    size += write_block(self._kernels, values, shift, target[size:])
-            return size
-
-        return write_bitstream(_header(layout), layout, span, out, write_section)
+        write = fastest_writer() if self._with_numba else None
+        if write is None:
+            return _encode_each(chunk, layout, span, shift, out)
+        header = _header(layout)
+        ends = [
+            (layers.start, layers.stop, heads.start, heads.stop)
+            for layers, heads in section_ranges(header, layout)
+        ]
+        places, sizes = np.array(ends, np.int64), np.empty(len(ends), np.int64)
+        target = out[body_offset(header, layout) :]
+        write(_frozen(chunk), places, np.int64(shift), SECTION_ALIGN, target, sizes)
+        return write_head(header, layout, span, sizes.tolist(), out)
 
     def decode(
         self, bitstream: Bytes, layout: KVLayout, span: Span, out: Bytes, part: Part = WHOLE
@@ -81,10 +91,7 @@ class Bf16:
         layers, heads, tokens = part.within(layout, span.num_tokens)
         base = int(bitstream.ctypes.data)
         places = np.array([_place(section, base, layers, heads) for section in sections])
-        frozen = bitstream.view()
-        # Numba would compile once more for what can be written.
-        frozen.flags.writeable = False
-        corrupt = restore(frozen, places, np.int64(shift), tokens, chunk)
+        corrupt = restore(_frozen(bitstream), places, np.int64(shift), tokens, chunk)
         if corrupt >= 0:
             # What is wrong with it is found, and said, once more.
             self._decode_section(sections[corrupt], layout, chunk, part, shift)
@@ -106,6 +113,27 @@ class Bf16:
                     decode_block(self._kernels, block, shift, first, target)
         if rest.size:
             raise Corrupt(f"{rest.size} bytes behind the last block of a section")
+
+
+def _encode_each(chunk: Values, layout: KVLayout, span: Span, shift: int, out: Bytes) -> int:
+    """A block at a time, by the reference."""
+
+    def write_section(layers: range, heads: range, target: Bytes) -> int:
+        size = 0
+        for layer in layers:
+            for plane in chunk[layer, :, :, heads.start : heads.stop]:
+                values = np.ascontiguousarray(plane).reshape(span.num_tokens, -1)
+                size += write_block(values, shift, target[size:])
+        return size
+
+    return write_bitstream(_header(layout), layout, span, out, write_section)
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """A view that cannot be written: Numba would compile once more for what can."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _place(section: Section, base: int, layers: range, heads: range) -> tuple[int, ...]:

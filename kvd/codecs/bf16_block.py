@@ -51,6 +51,16 @@ def fastest_sections() -> Callable[..., int] | None:
     return found
 
 
+@cache
+def fastest_writer() -> Callable[..., None] | None:
+    """Numba's loop that writes them, if Numba is installed."""
+    try:
+        from kvd.codecs.kernels.numba_bf16_encode import write_sections as found
+    except ImportError:
+        return None
+    return found
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
     """A plane of a layer as it stands in a section. Without code lengths: `lows` are the values,
@@ -65,12 +75,12 @@ class Block:
     sizes: tuple[int, ...] = ()
 
 
-def write_block(kernels: ModuleType, values: Values, shift: int, out: Bytes) -> int:
+def write_block(values: Values, shift: int, out: Bytes) -> int:
     """Write a block of `values`, uint16 [tokens, channels]; its size, that of the values and 1 at
     most.
     """
-    base, offsets, symbols, lows, counts = kernels.split(values, shift)
-    lengths = kernels.code_lengths(counts)
+    base, offsets, symbols, lows, counts = reference.split(values, shift)
+    lengths = reference.code_lengths(counts)
     used = np.flatnonzero(lengths)
     first, last = int(used[0]), int(used[-1])
     side = _pack_nibbles(offsets), _pack_nibbles(lengths[first : last + 1])
@@ -81,8 +91,8 @@ def write_block(kernels: ModuleType, values: Values, shift: int, out: Bytes) -> 
         out[0] = _VERBATIM
         out[1 : 1 + 2 * values.size] = values.reshape(-1).view(np.uint8)
         return 1 + 2 * values.size
-    lanes = np.empty(lanes_max + kernels.SLACK, np.uint8)
-    sizes = kernels.encode(symbols, lengths, lanes)
+    lanes = np.empty(lanes_max + reference.SLACK, np.uint8)
+    sizes = reference.encode(symbols, lengths, lanes)
     head = _BLOCK.pack(_CODED, base, first, last, *sizes.tolist())
     parts = (np.frombuffer(head, np.uint8), *side, lows.reshape(-1), lanes[: sizes.sum()])
     at = 0

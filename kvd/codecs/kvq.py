@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from itertools import accumulate
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvd.codecs import kvq_section
+from kvd.codecs import attention_score, kvq_section
 from kvd.codecs.base import WHOLE, Bytes, Part, Span
 from kvd.codecs.bitstream import (
     SECTION_ALIGN,
@@ -27,7 +28,15 @@ from kvd.codecs.bitstream import (
     read_sections,
     write_head,
 )
-from kvd.codecs.kernels.kvq import Coded, Kernels, SectionKernels, Window, kernels
+from kvd.codecs.kernels.kvq import (
+    Coded,
+    Kernels,
+    Scales,
+    SectionKernels,
+    Tokens,
+    Window,
+    kernels,
+)
 from kvd.codecs.kvq_plan import Plan, level_index
 from kvd.codecs.kvq_section import Content
 from kvd.codecs.profile import Profile
@@ -61,6 +70,36 @@ class ProfileBook(Protocol):
 # Which tokens deserve finer steps: un-rotated keys float32 [tokens, heads, head_dim] of a layer ->
 # uint8 [tokens, heads], each 0, 1 (a quarter of the step) or 2 (a sixteenth).
 TokenClasses = Callable[[NDArray[np.float32], Profile, int], NDArray[np.uint8]]
+
+
+@runtime_checkable
+class SectionEncoder(Protocol):
+    """Kernels that write sections as they stand, many in a call."""
+
+    def token_classes(
+        self,
+        kv: NDArray[np.uint16],
+        scales: Scales,
+        scores: NDArray[np.float32],
+        class_max: int,
+    ) -> NDArray[np.uint8]:
+        """`uint8 [layers, tokens, heads]`: those of attention_score.py, bit for bit."""
+        ...
+
+    def encode_sections(
+        self,
+        kv: NDArray[np.uint16],
+        windows: Sequence[Window],
+        bases: Sequence[NDArray[np.float32] | None],
+        classes: NDArray[np.uint8],
+        tokens: Tokens,
+        scales: Scales,
+        out: NDArray[np.uint8],
+    ) -> list[int]:
+        """Sections of a chunk into `out`, each from a multiple of `SECTION_ALIGN` on; their sizes.
+        `classes`: uint8 [layers, tokens, heads], the finest of a section's counts.
+        """
+        ...
 
 
 class Kvq:
@@ -102,28 +141,65 @@ class Kvq:
         chunk, _ = _elements(kv, layout, span)
         assert out.size >= self.size_bytes_max(layout, span.num_tokens)
 
-        by_layer = list(
-            self._mapped(
-                lambda layer: self._layer_classes(chunk, plan, profile, layer),
-                range(layout.num_layers),
+        classes = self._classes(chunk, plan, profile)
+        classes[:, : max(0, NUM_SINKS - span.start)] = CLASS_RAW
+        if isinstance(self._compute, SectionEncoder):
+            sizes = self._encode_together(self._compute, chunk, plan, classes, out)
+        else:
+            sizes = self._encode_each(chunk, plan, classes, out)
+        return write_head(plan.header, layout, span, sizes, out)
+
+    def _encode_together(
+        self,
+        compute: SectionEncoder,
+        chunk: NDArray[np.uint16],
+        plan: Plan,
+        classes: NDArray[np.uint8],
+        out: Bytes,
+    ) -> list[int]:
+        """A call for each thread, each to where it is in nobody's way; then side by side."""
+        windows, tokens = list(plan.windows()), plan.tokens(WHOLE)
+        count = -(-len(windows) // self._num_threads)
+        rooms = [
+            _aligned(kvq_section.size_max(tokens.count, plan.num_channels(window)))
+            for window in windows
+        ]
+        starts = [*accumulate(rooms, initial=body_offset(plan.header, plan.layout))]
+
+        def encoded(first: int) -> list[int]:
+            share = windows[first : first + count]
+            bases, target = [plan.basis(window) for window in share], out[starts[first] :]
+            return compute.encode_sections(
+                chunk, share, bases, classes, tokens, plan.scales, target
             )
-        )
+
+        sizes: list[int] = []
+        end = starts[0]
+        for found in self._mapped(encoded, range(0, len(windows), count)):
+            begin, size = starts[len(sizes)], sum(map(_aligned, found))
+            if begin != end:
+                out[end : end + size] = out[begin : begin + size]
+            sizes, end = sizes + found, end + size
+        return sizes
+
+    def _encode_each(
+        self, chunk: NDArray[np.uint16], plan: Plan, classes: NDArray[np.uint8], out: Bytes
+    ) -> list[int]:
+        """A kernel at a time."""
 
         def encoded(window: Window) -> Bytes:
-            classes = _finest(by_layer, window)
-            section = kvq_section.pack(self._content(chunk, plan, window, classes))
-            if section.size <= kvq_section.size_max(span.num_tokens, plan.num_channels(window)):
+            section = kvq_section.pack(self._content(chunk, plan, window, _finest(classes, window)))
+            if section.size <= kvq_section.size_max(chunk.shape[2], plan.num_channels(window)):
                 return section
             # Symbols that take more room than what they stand for.
             return kvq_section.pack(_verbatim(chunk, window))
 
-        offset = body_offset(plan.header, layout)
-        sizes = []
+        offset, sizes = body_offset(plan.header, plan.layout), []
         for section in self._mapped(encoded, plan.windows()):
             out[offset : offset + section.size] = section
             sizes.append(section.size)
-            offset += -(-section.size // SECTION_ALIGN) * SECTION_ALIGN
-        return write_head(plan.header, layout, span, sizes, out)
+            offset += _aligned(section.size)
+        return sizes
 
     def decode(
         self, bitstream: Bytes, layout: KVLayout, span: Span, out: Bytes, part: Part = WHOLE
@@ -192,7 +268,6 @@ class Kvq:
         numbers = np.empty((num_tokens, plan.num_channels(window)), np.float32)
         is_finite = self._compute.normalise(chunk, window, plan.scales, numbers)
         classes[~is_finite] = CLASS_RAW
-        classes[: max(0, NUM_SINKS - plan.span.start)] = CLASS_RAW
         basis = plan.basis(window)
         if basis is not None:
             # What overflows does not fit a symbol, and its token becomes raw.
@@ -204,14 +279,24 @@ class Kvq:
         raws = _raws(chunk, window, classes)
         return Content(ids=ids, classes=classes, coded=coded, raws=raws)
 
-    def _layer_classes(
-        self, chunk: NDArray[np.uint16], plan: Plan, profile: Profile, layer: int
+    def _classes(
+        self, chunk: NDArray[np.uint16], plan: Plan, profile: Profile
     ) -> NDArray[np.uint8]:
-        """`uint8 [tokens, heads]`: what tokens of a layer ask for. Sections share it."""
+        """`uint8 [layers, tokens, heads]`: what tokens ask for."""
+        layers, _, num_tokens, heads, _ = chunk.shape
+        classes = np.zeros((layers, num_tokens, heads), np.uint8)
         if self._token_classes is None:
-            return np.zeros(chunk.shape[2:4], np.uint8)
-        wanted = self._token_classes(self._keys(chunk, plan, layer), profile, layer)
-        return np.minimum(wanted, CLASS_RAW - 1).astype(np.uint8, copy=False)
+            return classes
+        is_own = self._token_classes is attention_score.token_classes
+        if is_own and isinstance(self._compute, SectionEncoder):
+            if not profile.scores.size:
+                return classes
+            class_max = attention_score.CLASS_MAX
+            return self._compute.token_classes(chunk, plan.scales, profile.scores, class_max)
+        for layer in range(layers):
+            wanted = self._token_classes(self._keys(chunk, plan, layer), profile, layer)
+            classes[layer] = np.minimum(wanted, CLASS_RAW - 1)
+        return classes
 
     def _keys(self, chunk: NDArray[np.uint16], plan: Plan, layer: int) -> NDArray[np.float32]:
         """Un-rotated keys of a layer; 0 for tokens that are not finite."""
@@ -321,13 +406,14 @@ def _raws(
     return by_token[tokens].reshape(len(tokens), by_token[0].size)
 
 
-def _finest(by_layer: Sequence[NDArray[np.uint8]], window: Window) -> NDArray[np.uint8]:
+def _finest(classes: NDArray[np.uint8], window: Window) -> NDArray[np.uint8]:
     """The finest class of each token that any layer or head of a section asks for; a copy."""
-    layers = by_layer[_slice(window.layers)]
-    found = np.zeros(len(by_layer[0]), np.uint8)
-    for wanted in layers:
-        np.maximum(found, wanted[:, _slice(window.heads)].max(axis=1), out=found)
+    found: NDArray[np.uint8] = classes[_slice(window.layers), :, _slice(window.heads)].max((0, 2))
     return found
+
+
+def _aligned(size: int) -> int:
+    return -(-size // SECTION_ALIGN) * SECTION_ALIGN
 
 
 def _offset(section: Section, bitstream: Bytes) -> int:

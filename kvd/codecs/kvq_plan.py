@@ -32,7 +32,7 @@ class Plan:
         self.level = profile.levels[level_index]
         self.span = span
         self._profile = profile
-        self._layout = layout
+        self.layout = layout
         _check_shape(profile, layout)
         self.header = Header(
             codec=codec,
@@ -51,7 +51,7 @@ class Plan:
 
     def windows(self) -> Iterator[Window]:
         """What each section holds, in their order."""
-        num_layers, num_heads = self._layout.num_layers, self._layout.num_kv_heads
+        num_layers, num_heads = self.layout.num_layers, self.layout.num_kv_heads
         layers, heads = self.header.section_layers, self.header.section_heads
         for layer in range(0, num_layers, layers):
             for head in range(0, num_heads, heads):
@@ -62,12 +62,12 @@ class Plan:
 
     def num_channels(self, window: Window) -> int:
         """Channels of a section."""
-        row = self._layout.num_planes * self._layout.head_dim
+        row = self.layout.num_planes * self.layout.head_dim
         return len(window.layers) * len(window.heads) * row
 
     def tokens(self, part: Part) -> Tokens:
         """Those of the chunk."""
-        _, _, num_wanted = part.within(self._layout, self.span.num_tokens)
+        _, _, num_wanted = part.within(self.layout, self.span.num_tokens)
         return Tokens(
             count=self.span.num_tokens,
             wanted=num_wanted,
@@ -77,7 +77,7 @@ class Plan:
 
     def place(self, section: Section, part: Part, offset: int) -> Place:
         """A section that stands at `offset` of a bitstream, and what of it is in `part`."""
-        layers, heads, _ = part.within(self._layout, self.span.num_tokens)
+        layers, heads, _ = part.within(self.layout, self.span.num_tokens)
         window = Window(layers=section.layers, heads=section.heads)
         return Place(
             offset=offset,
@@ -110,9 +110,9 @@ class Plan:
         """What is added to the window's symbols, if the level has it."""
         if not self.level.is_dithered:
             return None
-        planes, heads = self._layout.num_planes, self._layout.num_kv_heads
+        planes, heads = self.layout.num_planes, self.layout.num_kv_heads
         rows = [
-            ((layer * planes + plane) * heads + head) * self._layout.head_dim
+            ((layer * planes + plane) * heads + head) * self.layout.head_dim
             for layer in window.layers
             for plane in range(planes)
             for head in window.heads

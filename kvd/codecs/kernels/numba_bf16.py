@@ -18,128 +18,23 @@ from kvd.codecs.kernels.reference_bf16 import (
     CODE_BITS_MAX,
     NUM_LANES,
     NUM_SYMBOLS,
-    OFFSET_MAX,
 )
 
 # An entry: symbols from the lowest byte up, their count in byte 6, their bits in byte 7.
 _ENTRY_SYMBOLS = 6
 _COUNT_AT = np.uint64(48)
+_SYMBOLS_MASK = np.uint64((1 << 48) - 1)
 _BITS_AT = np.uint64(56)
 _WINDOW = np.uint64((1 << CODE_BITS_MAX) - 1)
 # A load gives 57 bits or more: five look-ups.
 _LOOKUPS = 5
 _FAST_SYMBOLS = _LOOKUPS * _ENTRY_SYMBOLS
 
-# 7 bits may be left when the next codes come: with four of 11 bits all fit a store.
-_CODES_A_STORE = 4
-
-# What is written behind the last symbol of a lane, and behind its last byte.
+# What is written behind the last symbol of a lane.
 SLACK = 8
 
 code_lengths = njit(nogil=True, cache=True)(reference.code_lengths)
-codes_of = njit(nogil=True, cache=True)(reference.codes_of)
 centers_of = njit(nogil=True, cache=True)(reference.centers_of)
-
-
-@njit(nogil=True, cache=True)
-def split(values: Any, shift: Any) -> Any:
-    """As the reference. Reads 2 bytes a value twice, writes 2 and reads one of them again."""
-    tokens, channels = values.shape
-    base, offsets = _channel_offsets(values, shift)
-    centers = centers_of(base, offsets, shift)
-    symbols = np.empty((tokens, channels), np.uint8)
-    lows = np.empty((tokens, channels), np.uint8)
-    for token in range(tokens):
-        row, symbol, low = values[token], symbols[token], lows[token]
-        for channel in range(channels):
-            value = row[channel]
-            symbol[channel] = np.uint8(value >> np.uint16(7)) - centers[channel]
-            low[channel] = np.uint8(value << np.uint16(1)) | np.uint8(value >> np.uint16(15))
-    return base, offsets, symbols, lows, _count(symbols.reshape(-1))
-
-
-@njit(nogil=True, cache=True)
-def _channel_offsets(values: Any, shift: Any) -> Any:
-    tokens, channels = values.shape
-    sums = np.zeros(channels, np.uint32)
-    for token in range(tokens):
-        row = values[token]
-        for channel in range(channels):
-            sums[channel] += np.uint32((row[channel] >> np.uint16(7)) & np.uint16(255))
-    means = (2 * sums.astype(np.int64) + tokens) // (2 * tokens)
-    base = max(0, np.max(means) - (OFFSET_MAX << shift))
-    offsets = np.empty(channels, np.uint8)
-    for channel in range(channels):
-        above = max(means[channel] - base, 0) + ((1 << shift) >> 1)
-        offsets[channel] = min(above >> shift, OFFSET_MAX)
-    return base, offsets
-
-
-@njit(nogil=True, cache=True)
-def _count(symbols: Any) -> Any:
-    # Four tables, so that equal neighbours do not wait for each other.
-    found = np.zeros((4, NUM_SYMBOLS), np.uint32)
-    whole = symbols.size // 4 * 4
-    for at in range(0, whole, 4):
-        found[0, symbols[at]] += np.uint32(1)
-        found[1, symbols[at + 1]] += np.uint32(1)
-        found[2, symbols[at + 2]] += np.uint32(1)
-        found[3, symbols[at + 3]] += np.uint32(1)
-    for at in range(whole, symbols.size):
-        found[0, symbols[at]] += np.uint32(1)
-    return found.sum(0).astype(np.int64)
-
-
-@njit(nogil=True, cache=True)
-def encode(symbols: Any, lengths: Any, out: Any) -> Any:
-    """As the reference; writes up to `SLACK` bytes more."""
-    codes = codes_of(lengths)
-    packed = np.empty(NUM_SYMBOLS, np.uint32)
-    for symbol in range(NUM_SYMBOLS):
-        packed[symbol] = np.uint32(codes[symbol]) | np.uint32(lengths[symbol]) << np.uint32(16)
-    sizes = np.empty(NUM_LANES, np.int64)
-    at = 0
-    for lane in range(NUM_LANES):
-        sizes[lane] = _encode_lane(symbols, lane, packed, out, at)
-        at += sizes[lane]
-    return sizes
-
-
-@njit(nogil=True, cache=True)
-def _encode_lane(symbols: Any, lane: Any, packed: Any, out: Any, start: Any) -> Any:
-    at = start
-    buffer = np.uint64(0)
-    filled = np.uint64(0)
-    for token in range(lane, symbols.shape[0], NUM_LANES):
-        row = symbols[token]
-        whole = row.size // _CODES_A_STORE * _CODES_A_STORE
-        for first in range(0, whole, _CODES_A_STORE):
-            for step in range(_CODES_A_STORE):
-                buffer, filled = _push(buffer, filled, packed[row[first + step]])
-            store64(out, at, buffer)
-            at, buffer, filled = _drop(at, buffer, filled)
-        for channel in range(whole, row.size):
-            buffer, filled = _push(buffer, filled, packed[row[channel]])
-            store64(out, at, buffer)
-            at, buffer, filled = _drop(at, buffer, filled)
-    if filled:
-        out[at] = np.uint8(buffer)
-        at += 1
-    return at - start
-
-
-@njit(nogil=True, cache=True, inline="always")
-def _push(buffer: Any, filled: Any, code: Any) -> Any:
-    """Add a code, in the low 16 bits, of as many bits as the high 16 say."""
-    buffer |= np.uint64(code & np.uint32(0xFFFF)) << filled
-    return buffer, filled + np.uint64(code >> np.uint32(16))
-
-
-@njit(nogil=True, cache=True, inline="always")
-def _drop(at: Any, buffer: Any, filled: Any) -> Any:
-    """Whole bytes were stored; what is left are 7 bits or fewer."""
-    at += np.int64(filled >> np.uint64(3))
-    return at, buffer >> (filled & ~np.uint64(7)), filled & np.uint64(7)
 
 
 @njit(nogil=True, cache=True)
@@ -159,31 +54,63 @@ def decode(
 
 
 @njit(nogil=True, cache=True)
+def codes_of(lengths: Any) -> Any:
+    """As the reference, in one look at each symbol."""
+    counts = np.zeros(CODE_BITS_MAX + 1, np.int64)
+    for symbol in range(NUM_SYMBOLS):
+        counts[lengths[symbol]] += 1
+    # The first code of each length.
+    following = np.zeros(CODE_BITS_MAX + 2, np.int64)
+    for bits in range(1, CODE_BITS_MAX + 1):
+        following[bits + 1] = (following[bits] + counts[bits]) << 1
+    codes = np.zeros(NUM_SYMBOLS, np.uint16)
+    for symbol in range(NUM_SYMBOLS):
+        bits = lengths[symbol]
+        if bits:
+            code, reverse = following[bits], 0
+            following[bits] += 1
+            for _ in range(bits):
+                reverse = reverse << 1 | code & 1
+                code >>= 1
+            codes[symbol] = reverse
+    return codes
+
+
+@njit(nogil=True, cache=True)
 def make_table(lengths: Any) -> Any:
     """The uint64 [2^11] that gives all whole codes in a window of 11 bits, up to six. The code is
     complete: each window begins with a code.
+
+    A window of so many bits is a code and what a shorter window gives: those of k bits stand from
+    2^k on, the longest ones last.
     """
     codes = codes_of(lengths)
-    single = np.zeros(1 << CODE_BITS_MAX, np.uint16)
-    for symbol in range(NUM_SYMBOLS):
-        bits = np.int64(lengths[symbol])
-        if bits:
-            for window in range(np.int64(codes[symbol]), 1 << CODE_BITS_MAX, 1 << bits):
-                single[window] = np.uint16(symbol | bits << 8)
-    table = np.empty(1 << CODE_BITS_MAX, np.uint64)
-    for window in range(1 << CODE_BITS_MAX):
-        entry = np.uint64(0)
-        count = 0
-        used = np.int64(0)
-        while count < _ENTRY_SYMBOLS:
-            step = np.int64(single[window >> used])
-            if used + (step >> 8) > CODE_BITS_MAX:
-                break
-            entry |= np.uint64(step & 255) << np.uint64(8 * count)
-            used += step >> 8
-            count += 1
-        table[window] = entry | np.uint64(count) << _COUNT_AT | np.uint64(used) << _BITS_AT
-    return table
+    used = np.flatnonzero(lengths)
+    tables = np.zeros(2 << CODE_BITS_MAX, np.uint64)
+    for width in range(1, CODE_BITS_MAX + 1):
+        table = tables[1 << width : 2 << width]
+        for symbol in used:
+            bits = np.int64(lengths[symbol])
+            if bits <= width:
+                rest = tables[1 << (width - bits) : 2 << (width - bits)]
+                _prepend(symbol, bits, np.int64(codes[symbol]), rest, lengths, table)
+    return tables[1 << CODE_BITS_MAX :]
+
+
+@njit(nogil=True, cache=True)
+def _prepend(symbol: Any, bits: Any, code: Any, rest: Any, lengths: Any, table: Any) -> None:
+    """Windows that begin with a code."""
+    head = np.uint64(symbol) | np.uint64(1) << _COUNT_AT | np.uint64(bits) << _BITS_AT
+    for index in range(len(rest)):
+        entry = rest[index]
+        if _count_of(entry) == _ENTRY_SYMBOLS:
+            # No room for the last one.
+            last = (entry >> np.uint64(8 * (_ENTRY_SYMBOLS - 1))) & np.uint64(255)
+            entry -= np.uint64(lengths[last]) << _BITS_AT | np.uint64(1) << _COUNT_AT
+        symbols = entry << np.uint64(8) & _SYMBOLS_MASK
+        table[np.uint64(code) + (np.uint64(index) << np.uint64(bits))] = (
+            entry & ~_SYMBOLS_MASK
+        ) + head | symbols
 
 
 @njit(nogil=True, cache=True)

@@ -31,6 +31,9 @@ def restore_sections(bitstream: Any, places: Any, shift: Any, num_wanted: Any, k
     """
     num_layers, num_planes, num_tokens, num_heads, dim = kv.shape
     rows = kv.reshape((num_layers, num_planes, num_tokens, num_heads * dim))
+    # For the widest section; new memory for each block would cost page faults.
+    lane_max = -(-num_wanted // NUM_LANES) * num_heads * dim
+    tile = np.empty((NUM_LANES, lane_max + SLACK), np.uint8)
     for index in range(len(places)):
         place = places[index]
         content = bitstream[place[0] : place[0] + place[1]]
@@ -41,7 +44,7 @@ def restore_sections(bitstream: Any, places: Any, shift: Any, num_wanted: Any, k
             for plane in range(num_planes):
                 tokens = num_wanted if place[6] <= layer < place[7] else 0
                 at = _restore_block(
-                    content, at, channels, shift, tokens, columns, rows[layer, plane]
+                    content, at, channels, shift, tokens, columns, tile, rows[layer, plane]
                 )
                 if at < 0:
                     return index
@@ -52,10 +55,18 @@ def restore_sections(bitstream: Any, places: Any, shift: Any, num_wanted: Any, k
 
 @njit(nogil=True, cache=True)
 def _restore_block(
-    content: Any, at: Any, channels: Any, shift: Any, tokens: Any, columns: Any, out: Any
+    content: Any,
+    at: Any,
+    channels: Any,
+    shift: Any,
+    tokens: Any,
+    columns: Any,
+    tile: Any,
+    out: Any,
 ) -> Any:
     """A block into `out`, uint16 [tokens, channels]; what is behind it, -1 where it is corrupt.
-    `columns`: the first that is wanted, where it goes, and how many there are.
+    `columns`: the first that is wanted, where it goes, and how many there are. `tile`: room for
+    symbols, uint8 [lanes, bytes].
     """
     size = len(content)
     if at < size and content[at] == _VERBATIM:
@@ -93,7 +104,6 @@ def _restore_block(
     offsets = np.empty(channels, np.uint8)
     _fill_nibbles(content[offsets_at:lengths_at], offsets)
     table = make_table(lengths)
-    tile = np.empty((NUM_LANES, -(-tokens // NUM_LANES) * channels + SLACK), np.uint8)
     lanes = content[lanes_at:end]
     bits = decode_lanes(lanes, bounds, lengths, table, tokens, channels, tile)
     for lane in range(NUM_LANES):

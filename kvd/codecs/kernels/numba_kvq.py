@@ -1,23 +1,27 @@
 """The kernels of `kvq` in Numba: the bits of reference.py, one core at a time, without the GIL.
 
-Here arrays are made and checked; numba_kvq_numbers.py and numba_kvq_coder.py loop over them, and
-numba_kvq_sections.py does all that decoding takes in one call.
+Here arrays are made and checked. numba_kvq_encode.py does all that encoding takes in one call, and
+numba_kvq_sections.py all that decoding takes; numba_kvq_numbers.py and numba_kvq_coder.py have the
+steps of one section by themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvd.codecs.bitstream import SECTION_ALIGN
+from kvd.codecs.kernels import numba_kvq_choice, numba_kvq_classes, numba_kvq_pack
 from kvd.codecs.kernels import numba_kvq_coder as coder
+from kvd.codecs.kernels import numba_kvq_encode as encoding
 from kvd.codecs.kernels import numba_kvq_numbers as loops
 from kvd.codecs.kernels import numba_kvq_sections as sections
 from kvd.codecs.kernels.kvq import (
     LANES,
-    STATE_BITS,
     Coded,
     Dither,
     Place,
@@ -25,7 +29,7 @@ from kvd.codecs.kernels.kvq import (
     Tokens,
     Window,
 )
-from kvd.codecs.kernels.numba_kvq_lanes import IS_WIDE
+from kvd.codecs.kernels.numba_kvq_rows import tiles_of
 from kvd.codecs.tables import CLASS_FACTORS, CLASS_RAW, tables
 from kvd.errors import Corrupt
 
@@ -70,45 +74,34 @@ def quantise(
 
 def choose_tables(symbols: NDArray[np.int16], classes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """`Kernels.choose_tables`."""
-    ids = np.empty(symbols.shape[1], np.uint8)
-    coder.choose_tables(symbols, classes, tables().costs, ids)
-    return ids
+    found: NDArray[np.uint8] = _room_of(symbols, classes).ids
+    return found
 
 
 def encode(symbols: NDArray[np.int16], classes: NDArray[np.uint8], ids: NDArray[np.uint8]) -> Coded:
     """`Kernels.encode`."""
-    found = tables()
-    escapes = np.empty(symbols.size, np.int16)
-    num_escapes = coder.escapes(symbols, classes, ids, found.by_class, found.supports, escapes)
-    states, words = (
-        _encoded_wide(symbols, classes, ids) if IS_WIDE else _encoded(symbols, classes, ids)
+    room = _room_of(symbols, classes)
+    room.ids[:] = ids
+    begin = int(encoding.encode_symbols(_books(), room))
+    num_escapes = numba_kvq_pack.collect_escapes(_books(), room)
+    return Coded(
+        states=room.states[: len(symbols)],
+        words=room.words[begin:],
+        escapes=room.escapes[:num_escapes],
     )
-    return Coded(states=states, words=words, escapes=escapes[:num_escapes])
 
 
-def _encoded(
-    symbols: NDArray[np.int16], classes: NDArray[np.uint8], ids: NDArray[np.uint8]
-) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    """States and words, a lane at a time."""
-    found = tables()
-    states = np.full(min(LANES, len(symbols)), 1 << STATE_BITS, np.uint64)
-    # A word a symbol at most, and one that is written in vain.
-    words = np.empty(symbols.size + 1, np.uint16)
-    begin = coder.encode(
-        symbols, classes, ids, found.by_class, found.spans, found.reciprocals, states, words
-    )
-    return states.astype(np.uint32), words[int(begin) :]
-
-
-def _encoded_wide(
-    symbols: NDArray[np.int16], classes: NDArray[np.uint8], ids: NDArray[np.uint8]
-) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-    """States and words, all lanes side by side."""
-    found = tables()
-    states = np.full(LANES, 1 << STATE_BITS, np.uint32)
-    words = np.empty(_rounded_up(len(symbols)) * len(ids) + LANES, np.uint16)
-    begin = coder.encode_wide(symbols, classes, ids, found.by_class, found.spans, states, words)
-    return states[: len(symbols)], words[int(begin) :]
+def _room_of(symbols: NDArray[np.int16], classes: NDArray[np.uint8]) -> encoding.Room:
+    """Symbols as sections have them, their tables chosen."""
+    num_tokens, num_channels = symbols.shape
+    room: encoding.Room = encoding.make_room(num_tokens, num_channels, 1)
+    room.symbols[:] = 0
+    room.symbols[:, :num_tokens] = symbols.T
+    room.classes[:] = classes
+    room.bad[:] = room.holes[:] = 0
+    encoding.settle_classes(room)
+    numba_kvq_choice.choose_tables(room.symbols, room.flags, _books().costs, room.ids, room.highest)
+    return room
 
 
 def decode(
@@ -179,7 +172,7 @@ def restore_sections(
     kv: NDArray[np.uint16],
 ) -> int | None:
     """`SectionKernels.restore_sections`."""
-    job, bitstream = _job(tokens, scales), _frozen(bitstream)
+    job, bitstream = job_of(tokens, scales), _frozen(bitstream)
     numbers = np.array([_numbers_of(place) for place in places], np.int64).reshape(-1, 10)
     if all(place.basis is None for place in places):
         answer = int(sections.restore_sections(bitstream, numbers, job, kv))
@@ -192,6 +185,102 @@ def restore_sections(
         if not _restore_transformed(bitstream, numbers[index], basis, job, room, kv):
             return index
     return None
+
+
+def token_classes(
+    kv: NDArray[np.uint16], scales: Scales, scores: NDArray[np.float32], class_max: int
+) -> NDArray[np.uint8]:
+    """`SectionEncoder.token_classes`."""
+    layers, _, num_tokens, heads, _ = kv.shape
+    found = np.empty((layers, num_tokens, heads), np.uint8)
+    numba_kvq_classes.token_classes(
+        _frozen(kv),
+        scales.is_half,
+        scales.exponent_mask,
+        *_turns_back(scales, num_tokens),
+        _turns(scales)[2],
+        _frozen(np.ascontiguousarray(scores, np.float32)),
+        class_max,
+        found,
+    )
+    return found
+
+
+def encode_sections(
+    kv: NDArray[np.uint16],
+    windows: Sequence[Window],
+    bases: Sequence[NDArray[np.float32] | None],
+    classes: NDArray[np.uint8],
+    tokens: Tokens,
+    scales: Scales,
+    out: NDArray[np.uint8],
+) -> list[int]:
+    """`SectionEncoder.encode_sections`."""
+    task, kv = _task(tokens, scales), _frozen(kv)
+    ends = [(one.layers.start, one.layers.stop, one.heads.start, one.heads.stop) for one in windows]
+    places, sizes = np.array(ends, np.int64), np.empty(len(ends), np.int64)
+    if all(basis is None for basis in bases):
+        encoding.encode_sections(kv, places, task, classes, SECTION_ALIGN, out, sizes)
+        return [int(size) for size in sizes]
+    at, found = 0, [basis for basis in bases if basis is not None]
+    assert len(found) == len(places)
+    room, numbers = _room_behind(found[0], tokens, kv)
+    for index, (place, basis) in enumerate(zip(places, found, strict=True)):
+        if len(basis) != len(room.ids):
+            # The last layers may be fewer.
+            room, numbers = _room_behind(basis, tokens, kv)
+        encoding.read_numbers(kv, place, task, classes, numbers[0], room)
+        # What overflows does not fit a symbol, and its token becomes raw.
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.matmul(basis, numbers[0], out=numbers[1])
+        sizes[index] = encoding.encode_numbers(kv, place, task, numbers[1], room, out[at:])
+        at += -(-int(sizes[index]) // SECTION_ALIGN) * SECTION_ALIGN
+    return [int(size) for size in sizes]
+
+
+def _room_behind(
+    basis: NDArray[np.float32], tokens: Tokens, kv: NDArray[np.uint16]
+) -> tuple[encoding.Room, NDArray[np.float32]]:
+    """Room for a section with a transform, and for its numbers before and behind it."""
+    room: encoding.Room = encoding.make_room(tokens.count, len(basis), kv.shape[4])
+    return room, np.empty((2, *room.symbols.shape), np.float32)
+
+
+def _turns_back(scales: Scales, num_tokens: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosines and negative sines: float32 [pairs, tokens], tokens rounded up to tiles."""
+    by = scales.rotation
+    width, num_tiles = tiles_of(num_tokens)
+    turns = np.zeros((2, by.num_pairs, width * num_tiles), np.float32)
+    turns[0, :, :num_tokens], turns[1, :, :num_tokens] = by.cos.T, -by.sin.T
+    return turns[0], turns[1]
+
+
+def _task(tokens: Tokens, scales: Scales) -> encoding.Task:
+    cos, sin = _turns_back(scales, tokens.count)
+    return encoding.Task(
+        start=np.uint32(tokens.start & 0xFFFFFFFF),
+        is_dithered=tokens.is_dithered,
+        is_half=scales.is_half,
+        exponent=scales.exponent_mask,
+        factors=CLASS_FACTORS,
+        means=_frozen(scales.means),
+        steps=_frozen(scales.steps),
+        cos=cos,
+        sin=sin,
+        turns=_turns(scales)[2],
+        books=_books(),
+    )
+
+
+@cache
+def _books() -> encoding.Books:
+    found = tables()
+    return encoding.Books(
+        spans=found.spans.reshape(-1),
+        by_class=found.by_class.reshape(-1),
+        supports=found.supports,
+        costs=found.costs.astype(np.uint32),
+    )
 
 
 def _restore_transformed(
@@ -215,7 +304,8 @@ def _restore_transformed(
     return True
 
 
-def _job(tokens: Tokens, scales: Scales) -> sections.Job:
+def job_of(tokens: Tokens, scales: Scales) -> sections.Job:
+    """What decoding the sections of a chunk takes."""
     by, found = scales.rotation, tables()
     factors = 1 / CLASS_FACTORS
     factors[CLASS_RAW] = 0

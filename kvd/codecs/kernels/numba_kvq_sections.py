@@ -78,15 +78,15 @@ def restore_sections(bitstream: Any, places: Any, job: Any, kv: Any) -> int:
     for index in range(len(places)):
         place = places[index]
         num_channels = _num_channels(place, kv)
-        scratch = _scratch(job.num_tokens, num_channels)
+        scratch = make_scratch(job.num_tokens, num_channels)
         numbers = np.empty(num_channels * LANES, np.float32)
         content = bitstream[place[0] : place[0] + place[1]]
-        marks = _parse(content, scratch)
+        marks = parse_section(content, scratch)
         if marks.num_words < 0:
             return index
         at, used = np.uint64(0), 0
         for group in range(num_groups):
-            at, used = _decode_group(content, group, at, used, marks, job, scratch)
+            at, used = decode_group_of(content, group, at, used, marks, job, scratch)
             if used < 0:
                 return index
             _dequantise(group, place, job, scratch, kv, numbers, LANES, 0)
@@ -104,15 +104,15 @@ def decode_numbers(
     """The numbers of one section, float32 [channels, tokens], in groups; where its raw tokens
     stand, -1 where it is corrupt. Columns of tokens that are not wanted are as they were.
     """
-    scratch = _scratch(job.num_tokens, _num_channels(place, kv))
+    scratch = make_scratch(job.num_tokens, _num_channels(place, kv))
     content = bitstream[place[0] : place[0] + place[1]]
-    marks = _parse(content, scratch)
+    marks = parse_section(content, scratch)
     if marks.num_words < 0:
         return _BAD
     at, used = np.uint64(0), 0
     flat, width = numbers.reshape(-1), numbers.shape[1]
     for group in range(-(-job.num_wanted // LANES)):
-        at, used = _decode_group(content, group, at, used, marks, job, scratch)
+        at, used = decode_group_of(content, group, at, used, marks, job, scratch)
         if used < 0:
             return _BAD
         _dequantise(group, place, job, scratch, kv, flat, width, group * LANES)
@@ -142,7 +142,8 @@ def _num_channels(place: Any, kv: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _scratch(num_tokens: int, num_channels: int) -> Any:
+def make_scratch(num_tokens: int, num_channels: int) -> Any:
+    """For sections of so many tokens and channels."""
     return Scratch(
         np.empty(num_channels, np.uint8),
         np.empty(num_tokens, np.uint8),
@@ -154,7 +155,7 @@ def _scratch(num_tokens: int, num_channels: int) -> Any:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _parse(content: Any, scratch: Any) -> Any:
+def parse_section(content: Any, scratch: Any) -> Any:
     """Ids, classes, states and words into `scratch`; no words, -1, where it is no section."""
     none = Marks(_BAD, 0, 0, 0)
     num_tokens, num_channels = len(scratch.classes), len(scratch.ids)
@@ -237,7 +238,7 @@ def _read_classes(found: Any, classes: Any) -> bool:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _decode_group(
+def decode_group_of(
     content: Any, group: int, at: Any, used: int, marks: Any, job: Any, scratch: Any
 ) -> Any:
     """Symbols of a group; where the next word is, and how many escapes are used, or -1."""
