@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Idle OpenMP threads that spin take the cores from the daemon and from each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo test test-triton check bench proto clean
+.PHONY: help demo test test-triton test-vllm check bench proto clean
 
 help:
 	@echo "make demo    a real model answers faster because its KV came from kvd (first run: minutes)"
 	@echo "make test    all tests"
 	@echo "make test-triton  the GPU kernels in Triton's interpreter (700 MB of triton, minutes)"
+	@echo "make test-vllm  the vLLM connector with real engines, in .venv-vllm (first run: 3.4 GB, minutes)"
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   benchmarks/local.py"
 	@echo "make proto   kvd/proto/kvd.proto -> Python"
@@ -42,6 +43,11 @@ test-triton: $(VENV)/dev
 	$(PIP) --constraint constraints.txt triton
 	$(BIN)/python -m pytest tests/test_codecs_triton.py $(TEST_FLAGS)
 
+# An environment of its own: vLLM pins what it needs.
+test-vllm:
+	$(PYTHON) tests/vllm/environment.py .venv-vllm
+	.venv-vllm/bin/python -m pytest tests/vllm $(TEST_FLAGS)
+
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -59,4 +65,4 @@ proto:
 	.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. kvd/proto/kvd.proto
 
 clean:
-	rm -rf $(VENV) .venv-proto build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-proto .venv-vllm build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

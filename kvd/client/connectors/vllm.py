@@ -15,13 +15,13 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvd.client.client import Client, connect
 from kvd.client.connectors.late_client import LateClient
@@ -40,6 +40,9 @@ log = logging.getLogger("kvd.vllm")
 
 # Where events say that blocks are.
 MEDIUM = "KVD"
+
+# Whether a request can be told to have failed, not only blocks.
+_TELLS_FAILED = hasattr(base, "KVConnectorTransferResults")
 
 
 class KvdMetadata(base.KVConnectorMetadata):  # type: ignore[misc]  # vLLM carries no types here
@@ -65,7 +68,11 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
     be.
     """
 
-    _cache_hit_source = CacheHitSource.HOST
+    with suppress(ImportError):
+        # By this name vLLM's own metrics tell our hits from others'; before 0.29 they do not.
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+        _cache_hit_source = CacheHitSource.HOST
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -84,8 +91,11 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         self._client = LateClient(self._attach)
         try:
             self._engine = engine_of(vllm_config, kv_cache_config, self._options)
+            if self._engine.fails_as_a_whole and not _TELLS_FAILED:
+                raise Unsupported("before vLLM 0.30 a failed load of several groups cannot be told")
         except Unsupported as error:
             log.warning("event=not_served reason=%r", str(error))
+            self._engine = None
             return
         if role is base.KVConnectorRole.SCHEDULER:
             if self._tells_events:
@@ -214,13 +224,12 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         found = self._results()
         return base.KVConnectorTransferResults(
             finished_recving=found.ended,
-            failed_recving=found.failed if self._has_groups else set(),
+            failed_recving=found.failed if self._fails_as_a_whole else set(),
         )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        # With several groups a number does not tell whose block it is: requests fail as a whole.
         found, self._bad_blocks = self._bad_blocks, set()
-        return set() if self._has_groups else found
+        return set() if self._fails_as_a_whole else found
 
     def build_connector_worker_meta(self) -> KvdWorkerMetadata | None:
         if self._worker is None or not self._tells_events:
@@ -241,8 +250,8 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         return plan
 
     @property
-    def _has_groups(self) -> bool:
-        return self._engine is not None and len(self._engine.groups) > 1
+    def _fails_as_a_whole(self) -> bool:
+        return self._engine is not None and self._engine.fails_as_a_whole
 
     def _results(self) -> Results:
         plan = self._plan

@@ -7,8 +7,9 @@ every rank has it, and every group as much of it as it needs.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from kvd.client.connectors.vllm_options import Options
 from kvd.client.connectors.vllm_plan import key_of
 from kvd.client.lease import Lease
 from kvd.errors import DeadlineExceeded, KvdError
+
+log = logging.getLogger("kvd.vllm")
 
 # The answer usually comes within this: less than another step of the engine takes.
 INLINE_S = 0.005
@@ -74,9 +77,12 @@ class Found:
 class Question:
     """One prompt's, under way or answered."""
 
-    def __init__(self, future: Future[Found], give_up: float) -> None:
+    def __init__(
+        self, future: Future[Found], give_up: float, let_go: Callable[[Found], None]
+    ) -> None:
         self._future = future
         self._give_up = give_up
+        self._let_go = let_go
 
     def answer(self, wait_s: float) -> Found | None:
         """What was found; None while that is not known. Too late is nothing."""
@@ -90,7 +96,11 @@ class Question:
     def abandon(self) -> None:
         """Nobody wants to know any more."""
         self._future.cancel()
-        self._future.add_done_callback(_release)
+        self._future.add_done_callback(self._let_go_of)
+
+    def _let_go_of(self, future: Future[Found]) -> None:
+        if not future.cancelled():
+            self._let_go(future.result())
 
 
 class Finder:
@@ -108,7 +118,17 @@ class Finder:
         last of them by the token where they end, the longest first.
         """
         give_up = time.monotonic() + self._options.lookup_s
-        return Question(self._thread.submit(self._find, names, tails, give_up), give_up)
+        future = self._thread.submit(self._find, names, tails, give_up)
+        return Question(future, give_up, self.let_go)
+
+    def let_go(self, found: Found) -> None:
+        """Let the chunks go, without waiting: a release may stand behind a question in the same
+        connection.
+        """
+        if found.leases:
+            # After the end the session is over, and its pins with it.
+            with suppress(RuntimeError):
+                self._thread.submit(found.release)
 
     def close(self) -> None:
         """Ask no more."""
@@ -128,9 +148,11 @@ class Finder:
             if is_slow:
                 self._rest_until = time.monotonic() + REST_S
             return Found(reason="slow" if is_slow else "unavailable", detail=str(error))
-        except BaseException:
+        except Exception as error:
+            # Whatever it is, it must not reach the engine, which is the one that waits for this.
+            log.exception("event=lookup_failed")
             found.release()
-            raise
+            return Found(reason="unavailable", detail=repr(error))
         return found
 
     def _pin_all(
@@ -166,8 +188,7 @@ class Finder:
         keys = [key_of(layout, name) for name in names]
         count = 0
         for part in split_parts(keys) if keys else ():
-            lease = self._pin(group, rank, part, give_up, standalone=False)
-            found.leases.append(lease)
+            lease = self._pin(found, group, rank, part, give_up, standalone=False)
             count += len(lease)
             if len(lease) < len(part):
                 break
@@ -185,8 +206,7 @@ class Finder:
         for group in full if tails else ():
             for rank, layout in enumerate(group.layouts):
                 keys = {key_of(layout, name): end for end, name in tails if end in ends}
-                lease = self._pin(group, rank, list(keys), give_up, standalone=True)
-                found.leases.append(lease)
+                lease = self._pin(found, group, rank, list(keys), give_up, standalone=True)
                 ends = [keys[key] for key in lease.keys]
                 if not ends:
                     return []
@@ -199,16 +219,22 @@ class Finder:
         wanted = [names[each] for each in group.ends_needed(end)]
         for rank, layout in enumerate(group.layouts):
             keys = [key_of(layout, name) for name in wanted]
-            lease = self._pin(group, rank, keys, give_up, standalone=True)
-            found.leases.append(lease)
+            lease = self._pin(found, group, rank, keys, give_up, standalone=True)
             if len(lease) < len(keys):
                 return False
         return True
 
     def _pin(
-        self, group: Group, rank: int, keys: Sequence[bytes], give_up: float, *, standalone: bool
+        self,
+        found: Found,
+        group: Group,
+        rank: int,
+        keys: Sequence[bytes],
+        give_up: float,
+        *,
+        standalone: bool,
     ) -> Lease:
-        return self._client.pin(
+        lease = self._client.pin(
             group.layouts[rank],
             keys,
             standalone=standalone,
@@ -218,8 +244,7 @@ class Finder:
             lease_s=self._options.lookup_s + self._options.load_s + LEASE_MARGIN_S,
             timeout_s=max(give_up - time.monotonic(), 0.001),
         )
-
-
-def _release(future: Future[Found]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result().release()
+        # One that pins nothing is over from the start.
+        if len(lease):
+            found.leases.append(lease)
+        return lease

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -106,6 +107,21 @@ class Engine:
     hash_block_size: int
     num_ranks: int
 
+    @property
+    def num_left_out(self) -> int:
+        """How many of a prompt's last tokens no hit may cover. vLLM computes the last one in any
+        case: it sees a token more than what goes on behind it, where that begins a block.
+        """
+        windows = [group for group in self.groups if group.kind == "window"]
+        return int(any((group.window - 1) % group.block_size == 0 for group in windows))
+
+    @property
+    def fails_as_a_whole(self) -> bool:
+        """Whether a load that has failed in part is of no use: a block's number does not tell its
+        group, or what stands before the first bad block was not loaded, being out of the window.
+        """
+        return len(self.groups) > 1 or any(group.kind == "window" for group in self.groups)
+
 
 def engine_of(config: Any, kv_cache_config: Any, options: Options) -> Engine:
     """What `VllmConfig` and `KVCacheConfig` say. Raises `Unsupported` with the reason for an engine
@@ -123,7 +139,8 @@ def engine_of(config: Any, kv_cache_config: Any, options: Options) -> Engine:
     chunk_tokens = block_size * max(options.chunk_tokens // block_size, 1)
     hash_block_size = getattr(kv_cache_config, "hash_block_size", None)
     if hash_block_size is None:
-        hash_block_size = sizes[0] if len(groups) == 1 else math.gcd(*sizes)
+        chosen = getattr(config.cache_config, "prefix_match_unit", None) or math.gcd(*sizes)
+        hash_block_size = sizes[0] if len(groups) == 1 else chosen
     weights = _weights(config, options)
     found = []
     for index, group in enumerate(groups):
@@ -259,7 +276,10 @@ def _checkpoint(model: Any, load_format: str) -> str:
         return digest_of(path)
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
+    config = None
+    # Other loaders have names of their own, which are no repository's.
+    with suppress(ValueError):
+        config = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
     if not isinstance(config, str):
         raise Unsupported(
             f"the weights of {model.model} are not on this machine: name them by "

@@ -34,11 +34,15 @@ class Pages:
         if missing:
             raise Unsupported(f"layer {missing[0]} of KV-cache group {group.index} has no cache")
         found = [caches[name] for name in group.layer_names]
-        dtype = str(found[0].dtype).removeprefix("torch.")
-        if dtype != layout.dtype:
-            raise Unsupported(f"KV of {layout.dtype} expected, found caches of {dtype}")
+        dtypes = {str(cache.dtype).removeprefix("torch.") for cache in found}
+        if dtypes != {layout.dtype}:
+            raise Unsupported(
+                f"KV of {layout.dtype} expected, found caches of {', '.join(sorted(dtypes))}"
+            )
         shape = (layout.num_planes, layout.num_kv_heads, layout.head_dim)
         layers = [_paged(cache, group.block_size, *shape) for cache in found]
+        if len({(layer.shape[2], layer.device) for layer in layers}) > 1:
+            raise Unsupported(f"layers of KV-cache group {group.index} with blocks of their own")
         self.device = layers[0].device
         # Blocks of the kernel, of so many tokens, and how many of them a block is.
         self._tokens = layers[0].shape[2]
@@ -115,7 +119,7 @@ def _paged(cache: torch.Tensor, block_size: int, planes: int, heads: int, dim: i
         if ordered.shape[1] == heads:
             split = ordered.view(*ordered.shape[:3], planes, dim)
             view = split.permute(0, 3, 2, 1, 4)
-    elif len(shape) == 5 and planes == 2 and shape[4] == dim and 2 in shape[:2]:
+    elif len(shape) == 5 and planes == 2 and shape[4] == dim and (shape[0] == 2) != (shape[1] == 2):
         ordered = cache.movedim(0, 1) if shape[0] == 2 else cache
         if heads in ordered.shape[2:4]:
             if ordered.shape[2] == ordered.shape[3]:

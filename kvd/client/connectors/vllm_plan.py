@@ -7,7 +7,7 @@ rank makes its own key of the name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -38,6 +38,23 @@ class Load:
     request: str
     first_token: int
     pieces: tuple[tuple[Piece, ...], ...]
+
+    def num_skipped(self, piece: Piece) -> int:
+        """How many of a piece's blocks are left alone: those that the engine has, for others read
+        them too, and 0, which stands for what it does not keep.
+        """
+        block_size = piece.num_tokens // len(piece.blocks)
+        own = max(self.first_token - piece.start, 0) // block_size
+        return max(own, sum(block == 0 for block in piece.blocks))
+
+    def filled(self, pieces: Iterable[Piece]) -> set[int]:
+        """The blocks that are written for these."""
+        return {b for piece in pieces for b in piece.blocks[self.num_skipped(piece) :]}
+
+    @property
+    def all_filled(self) -> set[int]:
+        """The blocks that are written."""
+        return set[int]().union(*(self.filled(pieces) for pieces in self.pieces))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

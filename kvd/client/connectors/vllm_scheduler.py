@@ -23,6 +23,7 @@ from kvd.client.connectors.vllm_identity import Engine, Group, adapter_of, hash_
 from kvd.client.connectors.vllm_options import Options, RequestOptions, request_options
 from kvd.client.connectors.vllm_plan import Load, Piece, Plan, Save
 from kvd.client.connectors.vllm_stats import Tally
+from kvd.errors import Unsupported
 from kvd.proto.limits import KEYS_MAX
 
 log = logging.getLogger("kvd.vllm")
@@ -98,7 +99,7 @@ class SchedulerSide:
         reason = found.reason
         if found.num_tokens:
             reason = "local" if num_new <= 0 else "short"
-        found.release()
+        self._finder.let_go(found)
         tracked.found = Found(reason=reason)
         self._miss(tracked, reason, found.detail)
         return 0
@@ -108,14 +109,13 @@ class SchedulerSide:
         tracked = self._track(request)
         found, tracked.found = tracked.found or Found(), None
         if not num_external:
-            found.release()
+            self._finder.let_go(found)
             return
         # From here on the engine waits until a worker has said that the load has ended.
         end = tracked.local_tokens + num_external
         load = self._load(tracked, blocks, tracked.local_tokens, end)
         self._loads.append(load)
-        filled = {block for pieces in load.pieces for piece in pieces for block in piece.blocks}
-        self._pinned[request.request_id] = found, filled
+        self._pinned[request.request_id] = found, load.all_filled
         self._tally.add(hits=1, hit_tokens=num_external)
         if not found.is_exact:
             self._remember_approximate(tracked, tracked.local_tokens)
@@ -125,9 +125,7 @@ class SchedulerSide:
         plan = Plan(loads=self._loads, is_idle=not output.total_num_scheduled_tokens)
         self._loads = []
         for load in plan.loads:
-            for pieces in load.pieces:
-                for piece in pieces:
-                    plan.new_blocks.update(piece.blocks)
+            plan.new_blocks |= load.all_filled
         computed = dict(self._scheduled(output, plan.new_blocks))
         for request, start in computed.items():
             tracked = self._requests.get(request)
@@ -142,7 +140,7 @@ class SchedulerSide:
         failed = set(failed)
         for request in ended:
             found, filled = self._pinned.pop(request, (Found(), set()))
-            found.release()
+            self._finder.let_go(found)
             tracked = self._requests.get(request)
             if tracked is not None and (request in failed or not filled.isdisjoint(bad_blocks)):
                 tracked.has_failed = True
@@ -150,12 +148,8 @@ class SchedulerSide:
     def finished(self, request: Any) -> None:
         """The engine forgets the request; a load under way goes on."""
         tracked = self._requests.pop(request.request_id, None)
-        if tracked is None:
-            return
-        if tracked.question is not None:
-            tracked.question.abandon()
-        if tracked.found is not None:
-            tracked.found.release()
+        if tracked is not None:
+            self._forget_answer(tracked)
 
     def forget_everything(self, epoch: bytes) -> None:
         """The engine's weights may be others now: nothing that was stored is found any more."""
@@ -163,6 +157,7 @@ class SchedulerSide:
         self._space = None
         for tracked in self._requests.values():
             tracked.names.clear()
+            self._forget_answer(tracked)
 
     def close(self) -> None:
         """Let all pins go."""
@@ -175,13 +170,25 @@ class SchedulerSide:
 
     # Finding.
 
+    def _forget_answer(self, tracked: _Tracked) -> None:
+        question, tracked.question = tracked.question, None
+        if question is not None:
+            question.abandon()
+        found, tracked.found = tracked.found, None
+        if found is not None:
+            self._finder.let_go(found)
+
     def _track(self, request: Any) -> _Tracked:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.request is not request:
-            options = request_options(request.kv_transfer_params)
-            tracked = _Tracked(
-                request=request, options=options, blocks=(), adapter=adapter_of(request)
-            )
+            options, adapter = request_options(request.kv_transfer_params), b""
+            try:
+                adapter = adapter_of(request)
+            except (OSError, Unsupported) as error:
+                # Nobody knows whose KV it is.
+                options = RequestOptions(load=False, store=False)
+                log.warning("event=adapter_not_read reason=%r", str(error))
+            tracked = _Tracked(request=request, options=options, blocks=(), adapter=adapter)
             self._requests[request.request_id] = tracked
         return tracked
 
@@ -189,7 +196,7 @@ class SchedulerSide:
         if tracked.found is not None:
             if tracked.found.is_good:
                 return tracked.found
-            tracked.found.release()
+            self._finder.let_go(tracked.found)
             tracked.found = None
         if tracked.question is None:
             names, tails = self._wanted(tracked)
@@ -205,23 +212,30 @@ class SchedulerSide:
 
     def _wanted(self, tracked: _Tracked) -> tuple[list[bytes], list[tuple[int, bytes]]]:
         """Names of a prompt's whole chunks, and of tails behind the last, the longest first."""
-        names = self._names(tracked)
         chunk_tokens, step = self._engine.chunk_tokens, self._engine.block_size
+        num_tokens = tracked.request.num_tokens - self._engine.num_left_out
+        num_tokens = min(num_tokens, self._num_hashed(tracked))
+        names = self._names(tracked)[: num_tokens // chunk_tokens]
         last = len(names) * chunk_tokens
-        num_tokens = len(tracked.request.block_hashes) * self._engine.hash_block_size
         tails = []
         if self._options.store_tails:
             ends = range(last + step, min(num_tokens, last + chunk_tokens - 1) + 1, step)
             tails = [(end, self._name(tracked, end)) for end in ends][::-1]
-        return names[:KEYS_MAX], tails if len(names) <= KEYS_MAX else []
+        return names[:KEYS_MAX], tails if len(names) < KEYS_MAX else []
 
     def _names(self, tracked: _Tracked) -> list[bytes]:
         """Names of the whole chunks that the request has tokens for."""
-        per_chunk = self._engine.chunk_tokens // self._engine.hash_block_size
-        num_chunks = len(tracked.request.block_hashes) // per_chunk
+        num_chunks = self._num_hashed(tracked) // self._engine.chunk_tokens
         for index in range(len(tracked.names), num_chunks):
             tracked.names.append(self._name(tracked, (index + 1) * self._engine.chunk_tokens))
         return tracked.names
+
+    def _num_hashed(self, tracked: _Tracked) -> int:
+        """How many tokens the engine's hashes stand for; 0 where they are more or fewer than they
+        should be, for then they are of other tokens.
+        """
+        size, count = self._engine.hash_block_size, len(tracked.request.block_hashes)
+        return count * size if count == tracked.request.num_tokens // size else 0
 
     def _name(self, tracked: _Tracked, end: int) -> bytes:
         """The name of the piece that ends at a token: the engine's hash of the block before it, in
@@ -277,13 +291,17 @@ class SchedulerSide:
                 tracked.blocks = tuple(
                     [*ids, *more] for ids, more in zip(before, added, strict=True)
                 )
-                for ids in added:
-                    new_blocks.update(ids)
+                for group in self._engine.groups:
+                    # The blocks of one that comes back may begin with some that others have, too.
+                    own = cached.num_computed_tokens[index] // group.block_size * is_resumed
+                    new_blocks.update(added[group.index][own:])
             yield request, cached.num_computed_tokens[index]
 
     def _save(self, plan: Plan, tracked: _Tracked, start: int, end: int) -> None:
         """Have what is complete at `end` saved; `start` is where this step began."""
         if not (self._options.stores and tracked.options.store) or not tracked.blocks:
+            return
+        if not self._num_hashed(tracked):
             return
         request = tracked.request
         if not self._options.store_generated:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -157,18 +157,20 @@ class WorkerSide:
         try:
             self._after(ready)
             for group, pieces in zip(self._engine.groups, load.pieces, strict=True):
-                num_good, why = self._load_group(group, pieces, load.first_token, give_up)
-                for piece in pieces[num_good:]:
-                    bad.update(piece.blocks)
+                num_good, why = self._load_group(group, pieces, load, give_up)
+                if num_good < len(pieces):
+                    bad.update(load.filled(pieces[num_good:]))
                     reason = why
         except BaseException as error:
             # The engine waits for an answer, whatever it is.
             log.exception("event=load_failed request=%s", load.request)
-            bad.update(block for pieces in load.pieces for p in pieces for block in p.blocks)
+            bad = load.all_filled
             reason = repr(error)
         size = 0
         if bad:
-            self._tally.miss("lost" if reason == "gone" else "failed", load.request, reason)
+            self._tally.miss(
+                "lost" if reason.startswith("gone") else "failed", load.request, reason
+            )
         else:
             size = sum(
                 group.layout(self._rank).size(piece.num_tokens)
@@ -185,15 +187,18 @@ class WorkerSide:
             self._progress.notify_all()
 
     def _load_group(
-        self, group: Group, pieces: Sequence[Piece], first_token: int, give_up: float
+        self, group: Group, pieces: Sequence[Piece], load: Load, give_up: float
     ) -> tuple[int, str]:
         """Fill the blocks of one group; the first piece that failed, and why."""
         good, reason = 0, ""
         try:
             with self._pin(group, pieces, give_up) as lease:
                 for index, piece in enumerate(pieces[: len(lease)]):
-                    self._load_piece(lease, index, group, piece, first_token, give_up)
+                    skip = load.num_skipped(piece) * group.block_size
+                    self._load_piece(lease, index, group, piece, skip, give_up)
                     good = index + 1
+        except Corrupt as error:
+            reason = f"gone: {error}"
         except (KvdError, TimeoutError) as error:
             reason = repr(error)
         if good < len(pieces) and not reason:
@@ -220,7 +225,7 @@ class WorkerSide:
         index: int,
         group: Group,
         piece: Piece,
-        first_token: int,
+        skip: int,
         give_up: float,
     ) -> None:
         layout = group.layout(self._rank)
@@ -231,9 +236,7 @@ class WorkerSide:
         left_s = give_up - time.monotonic()
         if left_s <= 0 or not lease.wait(index, timeout_s=left_s):
             raise DeadlineExceeded("it did not come in time") if left_s <= 0 else Corrupt("lost")
-        # What the engine has itself is shared with others: nobody writes there.
-        own = max(first_token - piece.start, 0) // group.block_size * group.block_size
-        self._pages[group.index].scatter(lease.tensor(index), piece.blocks, skip=own)
+        self._pages[group.index].scatter(lease.tensor(index), piece.blocks, skip=skip)
         if self._options.verify:
             lease.verify(index)
         self._finish()
@@ -245,12 +248,11 @@ class WorkerSide:
         started = time.monotonic()
         try:
             self._after(ready)
-            save = job.save
-            for group, pieces, parent in zip(
-                self._engine.groups, save.pieces, save.parents, strict=True
-            ):
-                if pieces and group.stores(self._rank) and not job.is_given_up:
-                    self._save_group(job, group, pieces, parent)
+            runs = list(self._runs(job.save))
+            for number, (group, pieces, parent) in enumerate(runs, 1):
+                if not job.is_given_up:
+                    is_last = number == len(runs)
+                    self._save_run(job, group, pieces, parent, is_last=is_last)
         except Exception as error:  # noqa: BLE001  A save that fails is a chunk less, never more.
             self._tally.add(saves_failed=1)
             log.warning("event=save_failed request=%s reason=%r", job.save.request, str(error))
@@ -261,8 +263,26 @@ class WorkerSide:
                 self._saves.discard(job)
         self._tally.add(saves=1, save_seconds=time.monotonic() - started)
 
-    def _save_group(
-        self, job: _Job, group: Group, pieces: Sequence[Piece], parent: bytes | None
+    def _runs(self, save: Save) -> Iterator[tuple[Group, Sequence[Piece], bytes | None]]:
+        """What one reservation takes each: a chain of chunks, or one piece that stands alone."""
+        for group, pieces, parent in zip(
+            self._engine.groups, save.pieces, save.parents, strict=True
+        ):
+            if not pieces or not group.stores(self._rank):
+                continue
+            if group.kind == "full":
+                yield group, pieces, parent
+            else:
+                yield from ((group, [piece], None) for piece in pieces)
+
+    def _save_run(
+        self,
+        job: _Job,
+        group: Group,
+        pieces: Sequence[Piece],
+        parent: bytes | None,
+        *,
+        is_last: bool,
     ) -> None:
         layout, save = group.layout(self._rank), job.save
         more: dict[str, Any] = {"ttl_s": save.ttl_s} if save.ttl_s else {}
@@ -279,13 +299,17 @@ class WorkerSide:
             **more,
         )
         with reservation:
-            for index in reservation:
-                with job.lock:
-                    if job.is_given_up:
-                        return
-                    self._pages[group.index].gather(pieces[index].blocks, reservation.tensor(index))
-            self._finish()
-            if group is self._engine.groups[-1]:
+            try:
+                for index in reservation:
+                    with job.lock:
+                        if job.is_given_up:
+                            return
+                        blocks = pieces[index].blocks
+                        self._pages[group.index].gather(blocks, reservation.tensor(index))
+            finally:
+                # Extents that are given back are others' at once: nothing may still write there.
+                self._finish()
+            if is_last:
                 job.has_read.set()
             reservation.commit(timeout_s=self._options.store_s)
         self._tally.add(stored_chunks=len(reservation), stored_bytes=reservation.size)

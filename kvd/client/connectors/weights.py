@@ -68,10 +68,13 @@ def _tensor_places(file: Path, size: int) -> Iterator[tuple[int, int]]:
         try:
             header = json.loads(content.read(header_size))
             tensors = [told["data_offsets"] for name, told in header.items() if name[:2] != "__"]
+            places = [(int(start), int(end)) for start, end in tensors]
+            if any(not 0 <= start <= end for start, end in places):
+                raise ValueError("a tensor ends before it begins")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Unsupported(f"{file} is no safetensors file: {error!r}") from error
     yield 0, 8 + header_size
-    for start, end in tensors:
+    for start, end in places:
         last = max(end - SAMPLE_SIZE, start)
         for offset in {start, (start + last) // 2, last}:
             yield 8 + header_size + offset, min(SAMPLE_SIZE, end - offset)
