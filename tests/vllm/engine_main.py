@@ -45,6 +45,12 @@ class Engine:
     """vLLM in this process, driven step by step. `arguments` are those of `vllm.LLM`."""
 
     def __init__(self, arguments: Json) -> None:
+        if "kv_events_config" in arguments:
+            from vllm.config.kv_events import KVEventsConfig
+
+            # The one option of these that `LLM` does not take as an object of JSON.
+            events = KVEventsConfig(**arguments["kv_events_config"])
+            arguments = arguments | {"kv_events_config": events}
         self._llm = vllm().LLM(**arguments)
         # An engine as any version has it: requests go in, steps are made, outputs come out.
         self._engine: Any = self._llm.llm_engine
