@@ -46,6 +46,8 @@ def socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+# Without a group of full attention nobody knows how far a prompt is known.
+WITH_FULL = {name: model for name, model in MODELS.items() if 0 in model.windows}
 
 
 @models
@@ -357,6 +359,21 @@ def test_a_save_that_has_not_begun_is_given_up_for_the_next_step(
         with bench.connect() as client:
             # Those of the second prompt.
             assert assert_stored_right(client, engine) == 5
+
+
+@pytest.mark.parametrize("model", WITH_FULL.values(), ids=WITH_FULL)
+@pytest.mark.parametrize("count", [5, 21, 31])
+def test_a_longer_prompt_goes_on_behind_the_end_of_a_shorter_one(
+    socket: Path, model: Model, count: int
+) -> None:
+    with Bench(socket, model) as bench:
+        bench.store(prompt(count))
+        second = bench.engine()
+        second.run(prompt(count + 40))
+        known = count // model.block_size * model.block_size
+        assert (second.num_loaded, second.num_failed) == (1, 0)
+        hits = second.tally.take()["hit_tokens"]
+        assert hits == known
 
 
 def test_what_has_left_a_window_is_not_saved_later(

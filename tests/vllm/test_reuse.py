@@ -82,6 +82,17 @@ def test_a_shared_beginning_is_loaded(node: Daemon, engine: Engine, reference: R
     assert since()["hit_tokens"] == 256
 
 
+def test_a_longer_prompt_goes_on_behind_the_end_of_a_shorter_one(
+    node: Daemon, engine: Engine, reference: Reference
+) -> None:
+    node.new_keys(lambda: engine.generate(request_of(60, 600)), num_pieces(600))
+    engine.forget()
+    request, since = request_of(60, 900), Since(engine)
+    (answer,) = engine.generate(request)
+    reference.check(request, answer)
+    assert since()["hit_tokens"] == 576
+
+
 def test_a_load_goes_on_where_the_engines_own_cache_ends(
     node: Daemon, engine: Engine, reference: Reference
 ) -> None:

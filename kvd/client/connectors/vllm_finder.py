@@ -74,6 +74,10 @@ class Found:
         )
 
 
+# Where pieces end that may stand behind so many tokens, the longest first, and their names.
+Tails = Callable[[int], Sequence[tuple[int, bytes]]]
+
+
 class Question:
     """One prompt's, under way or answered."""
 
@@ -113,9 +117,9 @@ class Finder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvd-find")
         self._rest_until = 0.0
 
-    def ask(self, names: Sequence[bytes], tails: Sequence[tuple[int, bytes]]) -> Question:
-        """Ask for a prompt: `names` of its whole chunks, and `tails`, shorter pieces behind the
-        last of them by the token where they end, the longest first.
+    def ask(self, names: Sequence[bytes], tails: Tails) -> Question:
+        """Ask for a prompt: `names` of its whole chunks, and `tails`, the shorter pieces that may
+        stand behind so many of its tokens: where they end, the longest first, and their names.
         """
         give_up = time.monotonic() + self._options.lookup_s
         future = self._thread.submit(self._find, names, tails, give_up)
@@ -134,9 +138,7 @@ class Finder:
         """Ask no more."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _find(
-        self, names: Sequence[bytes], tails: Sequence[tuple[int, bytes]], give_up: float
-    ) -> Found:
+    def _find(self, names: Sequence[bytes], tails: Tails, give_up: float) -> Found:
         if time.monotonic() < self._rest_until:
             return Found(reason="slow", detail="it was slow a moment ago")
         found = Found()
@@ -159,7 +161,7 @@ class Finder:
         self,
         found: Found,
         names: Sequence[bytes],
-        tails: Sequence[tuple[int, bytes]],
+        tails: Tails,
         give_up: float,
     ) -> None:
         full = [group for group in self._engine.groups if group.kind == "full"]
@@ -171,9 +173,9 @@ class Finder:
                 end = min(end, count * self._engine.chunk_tokens)
         by_end = {(index + 1) * self._engine.chunk_tokens: n for index, n in enumerate(names)}
         ends = list(range(end, 0, -self._engine.chunk_tokens))[:ENDS_MAX]
-        if end == len(names) * self._engine.chunk_tokens:
-            by_end |= dict(tails)
-            ends = [*self._common_tails(found, full, tails, give_up), *ends]
+        behind = tails(end)
+        by_end |= dict(behind)
+        ends = [*self._common_tails(found, full, behind, give_up), *ends]
         for end in ends if windows else ends[:1]:
             if all(self._pin_window(found, group, end, by_end, give_up) for group in windows):
                 found.num_tokens = end

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from typing import Any
 
 from kvd.client.connectors.vllm_events import EventBook, Stored
-from kvd.client.connectors.vllm_finder import INLINE_S, Finder, Found, Question
+from kvd.client.connectors.vllm_finder import INLINE_S, Finder, Found, Question, Tails
 from kvd.client.connectors.vllm_identity import Engine, Group, adapter_of, hash_space
 from kvd.client.connectors.vllm_options import Options, RequestOptions, request_options
 from kvd.client.connectors.vllm_plan import Load, Piece, Plan, Save
@@ -200,7 +200,7 @@ class SchedulerSide:
             tracked.found = None
         if tracked.question is None:
             names, tails = self._wanted(tracked)
-            if not names and not tails:
+            if not names and not tails(0):
                 return Found(reason="short")
             tracked.question = self._finder.ask(names, tails)
             answer = tracked.question.answer(INLINE_S)
@@ -210,18 +210,24 @@ class SchedulerSide:
             tracked.question = None
         return answer
 
-    def _wanted(self, tracked: _Tracked) -> tuple[list[bytes], list[tuple[int, bytes]]]:
-        """Names of a prompt's whole chunks, and of tails behind the last, the longest first."""
+    def _wanted(self, tracked: _Tracked) -> tuple[list[bytes], Tails]:
+        """Names of a prompt's whole chunks, and the tails behind any number of them."""
         chunk_tokens, step = self._engine.chunk_tokens, self._engine.block_size
         num_tokens = tracked.request.num_tokens - self._engine.num_left_out
         num_tokens = min(num_tokens, self._num_hashed(tracked))
-        names = self._names(tracked)[: num_tokens // chunk_tokens]
-        last = len(names) * chunk_tokens
-        tails = []
-        if self._options.store_tails:
-            ends = range(last + step, min(num_tokens, last + chunk_tokens - 1) + 1, step)
-            tails = [(end, self._name(tracked, end)) for end in ends][::-1]
-        return names[:KEYS_MAX], tails if len(names) < KEYS_MAX else []
+        names = self._names(tracked)[: min(num_tokens // chunk_tokens, KEYS_MAX)]
+        # The finder's thread names them, when it knows how many chunks there are.
+        space, adapter = self._known_space, tracked.adapter
+        size, hashes = self._engine.hash_block_size, list(tracked.request.block_hashes)
+        has_tails = self._options.store_tails
+
+        def tails(start: int) -> list[tuple[int, bytes]]:
+            if not has_tails or start // chunk_tokens >= KEYS_MAX:
+                return []
+            ends = range(start + step, min(num_tokens, start + chunk_tokens - 1) + 1, step)
+            return [(end, _name_of(space, adapter, hashes[end // size - 1])) for end in ends][::-1]
+
+        return names, tails
 
     def _names(self, tracked: _Tracked) -> list[bytes]:
         """Names of the whole chunks that the request has tokens for."""
@@ -241,11 +247,15 @@ class SchedulerSide:
         """The name of the piece that ends at a token: the engine's hash of the block before it, in
         its name space.
         """
-        if self._space is None:
-            self._space = hash_space(self._engine.hash_block_size) + self._epoch
         block_hash = tracked.request.block_hashes[end // self._engine.hash_block_size - 1]
-        said = self._space + tracked.adapter + bytes(block_hash)
-        return blake2b(said, digest_size=32).digest()
+        return _name_of(self._known_space, tracked.adapter, block_hash)
+
+    @property
+    def _known_space(self) -> bytes:
+        if self._space is None:
+            # Not before the first request: the engine chooses the seed of its hashes late.
+            self._space = hash_space(self._engine.hash_block_size) + self._epoch
+        return self._space
 
     def _miss(self, tracked: _Tracked, reason: str, detail: str = "") -> None:
         # A prompt that waits for room is looked at again and again.
@@ -392,3 +402,7 @@ class SchedulerSide:
 
     def _hash_at(self, tracked: _Tracked, token: int) -> Any:
         return tracked.request.block_hashes[token // self._engine.hash_block_size]
+
+
+def _name_of(space: bytes, adapter: bytes, block_hash: bytes) -> bytes:
+    return blake2b(space + adapter + bytes(block_hash), digest_size=32).digest()
