@@ -23,13 +23,11 @@ from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-from kvd.client.client import Client, connect
-from kvd.client.connectors.late_client import LateClient
 from kvd.client.connectors.vllm_events import EventBook
 from kvd.client.connectors.vllm_finder import Finder
 from kvd.client.connectors.vllm_identity import Engine, engine_of
 from kvd.client.connectors.vllm_metrics import KvdPromMetrics, KvdStats
-from kvd.client.connectors.vllm_options import parse_options
+from kvd.client.connectors.vllm_options import client_of, parse_options
 from kvd.client.connectors.vllm_plan import Plan
 from kvd.client.connectors.vllm_scheduler import SchedulerSide
 from kvd.client.connectors.vllm_stats import Tally
@@ -88,7 +86,7 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         self._events: EventBook | None = None
         events = vllm_config.kv_events_config
         self._tells_events = events is not None and events.enable_kv_cache_events
-        self._client = LateClient(self._attach)
+        self._client = client_of(self._options, f"vllm-{role.name.lower()}")
         try:
             self._engine = engine_of(vllm_config, kv_cache_config, self._options)
             if self._engine.fails_as_a_whole and not _TELLS_FAILED:
@@ -107,14 +105,6 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
                 self._tally,
                 events=self._events,
             )
-
-    def _attach(self) -> Client:
-        return connect(
-            self._options.socket or None,
-            name=f"vllm-{self._role.name.lower()}",
-            verify=self._options.verify,
-            timeout_s=self._options.lookup_s,
-        )
 
     # The scheduler's side.
 

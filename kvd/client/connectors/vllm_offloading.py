@@ -40,13 +40,14 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 from vllm.version import __version__ as vllm_version
 
-from kvd.client.client import Client, connect, split_parts
+from kvd.client.client import split_parts
 from kvd.client.connectors.late_client import LateClient
 from kvd.client.connectors.vllm_finder import REST_S
 from kvd.client.connectors.vllm_identity import engine_of, hash_space
 from kvd.client.connectors.vllm_options import (
     Options,
     RequestOptions,
+    client_of,
     parse_options,
     request_options,
 )
@@ -127,7 +128,7 @@ class KvdTierManager(SecondaryTierManager):  # type: ignore[misc]  # as above
         except KvdError as error:
             log.warning("event=not_served reason=%r", str(error))
             return
-        self._client = LateClient(self._attach)
+        self._client = client_of(self._options, "vllm-offloading")
         self._rows = Rows(self._client, layout, self._options, primary_kv_view)
         self._lookups = _Lookups(tier_type, self._present)
         self._loading = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="kvd-tier-load")
@@ -200,14 +201,6 @@ class KvdTierManager(SecondaryTierManager):  # type: ignore[misc]  # as above
         self._client.close()
         # vLLM unmaps the primary tier next, which it cannot while there are views of it.
         self._rows = None
-
-    def _attach(self) -> Client:
-        return connect(
-            self._options.socket or None,
-            name="vllm-offloading",
-            verify=self._options.verify,
-            timeout_s=self._options.lookup_s,
-        )
 
     def _name(self, key: bytes) -> bytes:
         """The name of a row: vLLM's hash of its last tokens and its group, in a name space."""

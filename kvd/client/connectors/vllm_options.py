@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from kvd.client.client import connect
+from kvd.client.connectors.late_client import LateClient
 from kvd.errors import ConfigError
 from kvd.layout import CHUNK_TOKENS
 
@@ -84,6 +86,18 @@ def parse_options(found: Mapping[str, Any], *, role: str = "kv_both") -> Options
     if options.mode != "both":
         raise ConfigError(f"kv_role is {role}, and mode is {options.mode!r}: nothing is left to do")
     return replace(options, mode="store" if allowed == "store" else "load")
+
+
+def client_of(options: Options, name: str) -> LateClient:
+    """A client of the daemon that the options name, as soon as that is there."""
+    return LateClient(
+        lambda: connect(
+            options.socket or None,
+            name=name,
+            verify=options.verify,
+            timeout_s=options.lookup_s,
+        )
+    )
 
 
 def request_options(params: Mapping[str, Any] | None) -> RequestOptions:

@@ -297,10 +297,10 @@ class SchedulerSide:
             tracked, added = self._requests.get(request), cached.new_block_ids[index]
             if tracked is not None and added is not None:
                 is_resumed = request in cached.resumed_req_ids
-                before = tuple([] for _ in added) if is_resumed else tracked.blocks
-                tracked.blocks = tuple(
-                    [*ids, *more] for ids, more in zip(before, added, strict=True)
-                )
+                if is_resumed:
+                    tracked.blocks = tuple([] for _ in added)
+                for ids, more in zip(tracked.blocks, added, strict=True):
+                    ids.extend(more)
                 for group in self._engine.groups:
                     # The blocks of one that comes back may begin with some that others have, too.
                     own = cached.num_computed_tokens[index] // group.block_size * is_resumed

@@ -285,7 +285,6 @@ class WorkerSide:
         is_last: bool,
     ) -> None:
         layout, save = group.layout(self._rank), job.save
-        more: dict[str, Any] = {"ttl_s": save.ttl_s} if save.ttl_s else {}
         reservation = self._client.reserve(
             layout,
             [key_of(layout, piece.name) for piece in pieces],
@@ -295,8 +294,8 @@ class WorkerSide:
             standalone=group.kind != "full",
             category=save.category,
             exact=save.is_exact,
+            ttl_s=save.ttl_s,
             timeout_s=self._options.store_s,
-            **more,
         )
         with reservation:
             try:
