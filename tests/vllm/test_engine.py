@@ -94,6 +94,7 @@ def test_hybrid_layers_and_a_prefix_hit(tmp_path: Path) -> None:
     assert cold.logprob_error(warm) <= LOGPROB_ERROR_MAX
 
 
+@pytest.mark.vllm(since="0.29", why="no latent attention on a CPU, or in blocks of 16 alone")
 def test_latent_attention_and_a_prefix_hit(tmp_path: Path) -> None:
     # The CPU's latent attention runs in bfloat16 alone, and computes a chunk after the first one
     # otherwise: chunks of a block make the cold run do as the warm one does.

@@ -15,6 +15,7 @@ from tests.vllm.reference import Reference, assert_same
 NEW_TOKENS = 16
 # A window has 128 tokens.
 LENGTHS = (40, 100, 140, 300, 512, 600, 1500)
+SEVERAL_GROUPS = {"since": "0.30", "why": "a failed load of several groups cannot be told"}
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
@@ -78,6 +79,7 @@ def gemma(
         yield engine
 
 
+@pytest.mark.vllm(**SEVERAL_GROUPS)
 @pytest.mark.parametrize("num_tokens", LENGTHS)
 def test_groups_load_what_they_need(
     hybrid: tuple[list[Answer], Daemon], gemma: Engine, num_tokens: int
@@ -88,6 +90,7 @@ def test_groups_load_what_they_need(
     assert since()["hit_tokens"] == hit_tokens(num_tokens)
 
 
+@pytest.mark.vllm(**SEVERAL_GROUPS)
 def test_groups_continue_far_beyond_the_window(
     hybrid: tuple[list[Answer], Daemon], gemma: Engine
 ) -> None:
@@ -104,6 +107,7 @@ def test_groups_continue_far_beyond_the_window(
     assert_same(warm, cold)
 
 
+@pytest.mark.vllm(**SEVERAL_GROUPS)
 def test_a_window_that_is_gone_is_no_hit(
     hybrid: tuple[list[Answer], Daemon], gemma: Engine
 ) -> None:
@@ -124,6 +128,7 @@ def test_a_window_that_is_gone_is_no_hit(
     daemon.until_idle()
 
 
+@pytest.mark.vllm(since="0.29", why="no latent attention on a CPU, or in blocks of 16 alone")
 def test_latent_attention_loads_what_the_engines_own_cache_would_have(tmp_path: Path) -> None:
     # Chunks of a block: see `test_engine.py`.
     chunked = {"dtype": "bfloat16", "block_size": 128, "max_num_batched_tokens": 128}
