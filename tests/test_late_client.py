@@ -56,6 +56,20 @@ def is_stored(client: LateClient, layout: kvd.KVLayout) -> bool:
         return len(lease) == 1
 
 
+def test_the_daemon_can_be_looked_for_ahead(layout: kvd.KVLayout, tmp_path: Path) -> None:
+    away = Attach(tmp_path / "away.sock")
+    LateClient(away).attach()
+    assert away.count == 1
+    daemon = DaemonInThread(tmp_path)
+    attach = Attach(daemon.local)
+    client = LateClient(attach)
+    client.attach()
+    assert not is_stored(client, layout)
+    assert attach.count == 1
+    client.close()
+    daemon.stop()
+
+
 def test_nobody_is_asked_before_the_first_call(tmp_path: Path) -> None:
     attach = Attach(tmp_path / "kvd.sock")
     LateClient(attach).close()

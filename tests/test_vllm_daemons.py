@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvd.client.connectors import late_client, vllm_finder, vllm_scheduler
+from kvd.client.connectors import late_client, vllm_finder, vllm_names
 from tests.conftest import DaemonProcess
 from tests.vllm_bench import FULL, HYBRID, Bench, is_known, prompt, settle, step_until, until
 from tests.vllm_daemon import SPACE
@@ -22,7 +22,7 @@ STEP_S_MAX = 1.0
 
 @pytest.fixture(autouse=True)
 def _quick_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_scheduler, "hash_space", lambda _: SPACE)
+    monkeypatch.setattr(vllm_names, "hash_space", lambda _: SPACE)
     monkeypatch.setattr(vllm_finder, "MISS_S", 0.0)
     monkeypatch.setattr(late_client, "RETRY_EVERY_S", 0.0)
 

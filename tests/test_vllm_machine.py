@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from kvd.client import client as client_module
-from kvd.client.connectors import late_client, vllm_finder, vllm_scheduler, vllm_worker
+from kvd.client.connectors import (
+    late_client,
+    vllm_finder,
+    vllm_loads,
+    vllm_names,
+    vllm_saves,
+    vllm_scheduler,
+)
 from tests.daemon_in_thread import DaemonInThread
 from tests.vllm_bench import MODELS, Bench, prompt
 from tests.vllm_daemon import SPACE
@@ -32,10 +39,10 @@ ENGINES = st.integers(0, 1)
 @pytest.fixture(scope="module", autouse=True)
 def _quick_rests() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_scheduler, "hash_space", lambda _: SPACE)
+        patch.setattr(vllm_names, "hash_space", lambda _: SPACE)
         patch.setattr(vllm_scheduler, "INLINE_S", 0.002)
-        patch.setattr(vllm_worker, "SAVE_WAIT_S", 0.002)
-        patch.setattr(vllm_worker, "IDLE_WAIT_S", 0.002)
+        patch.setattr(vllm_saves, "SAVE_WAIT_S", 0.002)
+        patch.setattr(vllm_loads, "IDLE_WAIT_S", 0.002)
         patch.setattr(vllm_finder, "REST_S", 0.01)
         patch.setattr(vllm_finder, "MISS_S", 0.01)
         patch.setattr(late_client, "RETRY_EVERY_S", 0.01)
@@ -44,19 +51,33 @@ def _quick_rests() -> Iterator[None]:
 
 
 class EnginesMachine(RuleBasedStateMachine):
-    """Two engines of one model: one plans a step ahead, the other has drafts."""
+    """Two engines of one model: one plans a step ahead, the other has drafts, or loads in a step
+    what it can.
+    """
 
     @initialize(
         model=st.sampled_from(list(MODELS.values())),
         num_blocks=st.sampled_from([48, 70]),
         budget=st.sampled_from([6, 25, 100]),
         has_prefix_cache=st.booleans(),
+        loads_in_step=st.booleans(),
     )
-    def start(self, model: Any, num_blocks: int, budget: int, has_prefix_cache: bool) -> None:
+    def start(
+        self,
+        model: Any,
+        num_blocks: int,
+        budget: int,
+        has_prefix_cache: bool,
+        loads_in_step: bool,
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="kvd-vllm-"))
         self.daemon = DaemonInThread(self.folder, cpu_size=4 << 20)
         self.bench = Bench(self.daemon.local, model, lookup_s=0.2, load_s=0.5, store_s=0.5)
-        ways: dict[str, Any] = {"num_blocks": num_blocks, "has_prefix_cache": has_prefix_cache}
+        ways: dict[str, Any] = {
+            "num_blocks": num_blocks,
+            "has_prefix_cache": has_prefix_cache,
+            "loads_in_step": loads_in_step,
+        }
         self.engines: list[SmallEngine] = [
             self.bench.engine(budget=budget, is_ahead=True, **ways),
             self.bench.engine(budget=100, num_drafts=2, **ways),

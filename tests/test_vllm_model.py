@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from kvd.client.connectors import vllm_scheduler, vllm_worker
+from kvd.client.connectors import vllm_names, vllm_saves, vllm_scheduler
 from kvd.client.connectors.vllm_plan import key_of
 from kvd.keys import ChunkKey
 from kvd.proto.limits import KEYS_MAX
@@ -32,9 +32,9 @@ from tests.vllm_request import Request
 
 @pytest.fixture(autouse=True)
 def _hashes_mean_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_scheduler, "hash_space", lambda _: SPACE)
+    monkeypatch.setattr(vllm_names, "hash_space", lambda _: SPACE)
     # On a machine under load a save would be given up that should be there.
-    monkeypatch.setattr(vllm_worker, "SAVE_WAIT_S", PATIENCE_S)
+    monkeypatch.setattr(vllm_saves, "SAVE_WAIT_S", PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,6 @@ def socket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-# Without a group of full attention nobody knows how far a prompt is known.
-WITH_FULL = {name: model for name, model in MODELS.items() if 0 in model.windows}
 
 
 @models
@@ -328,7 +326,7 @@ def test_a_load_that_takes_too_long_ends(socket: Path) -> None:
 def test_blocks_are_not_written_while_a_save_copies_them(
     socket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_worker, "SAVE_WAIT_S", 0.01)
+    monkeypatch.setattr(vllm_saves, "SAVE_WAIT_S", 0.01)
     with Bench(socket) as bench:
         engine = bench.engine(num_blocks=4)
         bench.gate.copies.clear()
@@ -347,7 +345,7 @@ def test_blocks_are_not_written_while_a_save_copies_them(
 def test_a_save_that_has_not_begun_is_given_up_for_the_next_step(
     socket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_worker, "SAVE_WAIT_S", 0.01)
+    monkeypatch.setattr(vllm_saves, "SAVE_WAIT_S", 0.01)
     with Bench(socket) as bench:
         engine = bench.engine(num_blocks=12)
         bench.gate.reservations.clear()
@@ -361,7 +359,7 @@ def test_a_save_that_has_not_begun_is_given_up_for_the_next_step(
             assert assert_stored_right(client, engine) == 5
 
 
-@pytest.mark.parametrize("model", WITH_FULL.values(), ids=WITH_FULL)
+@models
 @pytest.mark.parametrize("count", [5, 21, 31])
 def test_a_longer_prompt_goes_on_behind_the_end_of_a_shorter_one(
     socket: Path, model: Model, count: int
@@ -374,6 +372,46 @@ def test_a_longer_prompt_goes_on_behind_the_end_of_a_shorter_one(
         assert (second.num_loaded, second.num_failed) == (1, 0)
         hits = second.tally.take()["hit_tokens"]
         assert hits == known
+
+
+@models
+@pytest.mark.parametrize("count", [8, 23, 80])
+@pytest.mark.parametrize("more", [9, 100, 700])
+def test_a_short_beginning_of_a_long_prompt_is_found(
+    socket: Path, model: Model, count: int, more: int
+) -> None:
+    with Bench(socket, model) as bench:
+        bench.store(prompt(count))
+        engine = bench.engine(num_blocks=800)
+        engine.run(prompt(count) + prompt(more, 1))
+        assert engine.tally.take()["hit_tokens"] == count // 4 * 4
+        assert (engine.num_loaded, engine.num_failed) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "window", "long_window"])
+def test_what_a_lookup_does_not_need_it_does_not_pin(socket: Path, name: str) -> None:
+    with Bench(socket, MODELS[name]) as bench:
+        bench.store(prompt(72))
+        with bench.connect() as client:
+            engine = bench.engine(num_blocks=400)
+            stored = engine.run(prompt(72), kv_transfer_params={"kvd": {"load": False}})
+            settle(engine)
+            # Of the longest end a part is gone; the ones before it are all there.
+            for group, window in enumerate(bench.model.windows):
+                gone = names(engine, stored, group=group)[-1:] if window else []
+                assert client.clear(gone)[0] == len(gone)
+            request = engine.add(prompt(72) + prompt(9, 1))
+            until(partial(is_known, engine, request))
+            needed = sum(
+                len(group.ends_needed(64)) if group.window else 9 for group in engine.engine.groups
+            )
+            assert engine.scheduler.matched(request, 0) == 64
+            found = engine.scheduler._requests[request.request_id].found
+            assert found is not None
+            assert sum(len(lease) for lease in found.leases) == needed
+            # Others were let go.
+            until(lambda: client.status().num_pinned == len(found.leases))
+            engine.finish_all()
 
 
 def test_what_has_left_a_window_is_not_saved_later(
@@ -399,7 +437,7 @@ def test_what_has_left_a_window_is_not_saved_later(
 def test_saves_that_nobody_can_follow_are_dropped(
     socket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_worker, "SAVES_MAX", 2)
+    monkeypatch.setattr(vllm_saves, "SAVES_MAX", 2)
     with Bench(socket) as bench:
         engine = bench.engine()
         bench.gate.reservations.clear()
@@ -415,7 +453,7 @@ def test_saves_that_nobody_can_follow_are_dropped(
 def test_a_preempted_request_gives_its_blocks_away_at_once(
     socket: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_worker, "SAVE_WAIT_S", 0.0)
+    monkeypatch.setattr(vllm_saves, "SAVE_WAIT_S", 0.0)
     with Bench(socket) as bench:
         engine = bench.engine(num_blocks=24, budget=30)
         for seed in range(6):

@@ -241,6 +241,34 @@ def test_groups_that_lie_on_each_other_are_told_apart_by_their_blocks() -> None:
         assert (bits(out) == bits(chunk)).all()
 
 
+@pytest.mark.parametrize("is_even", [True, False])
+def test_chunks_are_written_layer_by_layer(is_even: bool) -> None:
+    form = FORMS["[B,H,N,2D]"]
+    layers = layers_outermost(form.shape(BLOCKS, TOKENS), torch.float16)
+    if not is_even:
+        # Storages of their own: no view has all layers.
+        layers = [layer.clone() for layer in layers]
+    group = new_group(form, torch.float16)
+    pages = Pages(group, named(layers), 0)
+    chunks = [random(group.layouts[0].shape(2 * TOKENS), torch.float16, seed) for seed in (1, 2)]
+    moves = [(chunks[0], [1, 4], 0), (chunks[1], [3, 2], TOKENS)]
+    untouched = [layer.clone() for layer in layers]
+    written = 0
+    for number in pages.scatter_by_layer(moves):
+        assert number == written
+        written += 1
+        for at, (layer, before) in enumerate(zip(layers, untouched, strict=True)):
+            assert (bits(layer) == bits(before)).all() == (at > number)
+    assert written == LAYERS
+    for chunk, blocks, skip in moves:
+        out = torch.zeros_like(chunk)
+        pages.gather(blocks, out)
+        assert (bits(out)[:, :, skip:] == bits(chunk)[:, :, skip:]).all()
+    # What is skipped is left alone.
+    for layer, before in zip(layers, untouched, strict=True):
+        assert (bits(layer[3]) == bits(before[3])).all()
+
+
 @pytest.mark.parametrize(
     "shape",
     [

@@ -130,7 +130,7 @@ def step_until(engine: SmallEngine, condition: Callable[[], bool]) -> None:
 def settle(engine: SmallEngine) -> None:
     """Return when all that is to be saved is stored."""
     for worker in engine.workers:
-        until(lambda worker=worker: not worker._saves)
+        until(lambda worker=worker: worker.saves.is_idle)
 
 
 def prompt(count: int, seed: int = 0) -> list[int]:

@@ -78,13 +78,27 @@ class Caches:
         self, group: int, table: Sequence[int], start: int, hashes: TokenHashes, *, why: str
     ) -> None:
         """Tokens from `start` on are in their blocks, every byte of them."""
-        blocks, slots = self._places(table, start, len(hashes))
-        found = self._bytes[:, blocks, :, slots].swapaxes(0, 1)
-        wrong = np.nonzero((found != self._expected(group, hashes)).any(axis=(0, 2, 3)))[0]
+        wrong = self._wrong(group, table, start, hashes).any(axis=0).nonzero()[0]
+        blocks, _ = self._places(table, start, len(hashes))
         assert not len(wrong), (
             f"{why}: rank {self.rank} group {group} has other bytes for tokens "
             f"{start + wrong[0]}..{start + wrong[-1]} in blocks {sorted(set(blocks[wrong]))}"
         )
+
+    def has_layer(
+        self, place: int, group: int, table: Sequence[int], start: int, hashes: TokenHashes
+    ) -> bool:
+        """Whether tokens from `start` on are in their blocks, in one of the group's layers."""
+        return not self._wrong(group, table, start, hashes)[place].any()
+
+    def _wrong(
+        self, group: int, table: Sequence[int], start: int, hashes: TokenHashes
+    ) -> NDArray[np.bool_]:
+        """`bool [layers, tokens]`: where it is not what it should be."""
+        blocks, slots = self._places(table, start, len(hashes))
+        found = self._bytes[:, blocks, :, slots].swapaxes(0, 1)
+        wrong: NDArray[np.bool_] = (found != self._expected(group, hashes)).any(axis=(2, 3))
+        return wrong
 
     def assert_nobody_wrote_to_none(self) -> None:
         assert (self._bytes[:, 0] == NOBODY).all(), "somebody wrote to block 0"

@@ -2,8 +2,8 @@
 
 It has what a connector can trip over: a pool of blocks that are used again; a prefix cache of its
 own; prefill in parts; preemption; windows whose blocks are freed when they have passed; loads that
-end steps later, or fail; aborts at any time; steps that are planned before the last one's tokens
-are known; drafts that are not taken.
+end steps later, or in the step itself, or fail; aborts at any time; steps that are planned before
+the last one's tokens are known; drafts that are not taken.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Reported(NamedTuple):
     ended: list[set[str]]
     failed: set[str]
     bad_blocks: set[int]
+    in_step: set[str]
 
 
 class SmallEngine:
@@ -68,11 +69,13 @@ class SmallEngine:
         has_prefix_cache: bool = False,
         is_ahead: bool = False,
         num_drafts: int = 0,
+        loads_in_step: bool = False,
     ) -> None:
         assert not (is_ahead and num_drafts)
         self.model = model
         self.pool = Pool(num_blocks)
-        self.engine = engine_of(vllm_config(model), kv_cache_config(model), options)
+        config = vllm_config(model, plans_ahead=is_ahead)
+        self.engine = engine_of(config, kv_cache_config(model), options)
         self.tally = Tally(getLogger("tests.vllm"))
         self.caches = [Caches(model, num_blocks, rank) for rank in range(model.num_ranks)]
         self._clients = [clients() for _ in range(1 + model.num_ranks)]
@@ -82,6 +85,8 @@ class SmallEngine:
             WorkerSide(self.engine, client, options, self.tally, each.by_layer(), rank=each.rank)
             for client, each in zip(self._clients[1:], self.caches, strict=True)
         ]
+        if loads_in_step:
+            self.scheduler.allow_in_step(self.pool.forget)
         self.budget = budget
         self.has_prefix_cache = has_prefix_cache
         self.is_ahead = is_ahead
@@ -92,7 +97,10 @@ class SmallEngine:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.num_loaded = 0
+        self.num_loaded_in_step = 0
         self.num_failed = 0
+        # What happens while a step is computed.
+        self.meanwhile: list[Callable[[], None]] = []
         self.output = SchedulerOutput()
         self._work: list[Work] = []
         self._arrived: set[str] = set()
@@ -161,16 +169,56 @@ class SmallEngine:
 
     def _execute(self, plan: Plan, work: Sequence[Work]) -> Reported:
         for worker in self.workers:
-            worker.make_way(plan.new_blocks)
+            worker.saves.make_way(plan.new_blocks)
+        if any(load.is_in_step for load in plan.loads):
+            return self._execute_and_load(plan, work)
         self._compute(work)
-        results = []
         for worker in self.workers:
-            worker.start_loads(plan.loads)
-            worker.start_saves(plan.saves)
-            results.append(worker.results(is_idle=plan.is_idle))
+            worker.loads.start(plan.loads)
+            worker.saves.start(plan.saves)
+        return self._reported(plan)
+
+    def _execute_and_load(self, plan: Plan, works: Sequence[Work]) -> Reported:
+        """A step that computes each layer behind what is loaded of it."""
+        for worker in self.workers:
+            worker.loads.start(plan.loads)
+        loading = {load.request for load in plan.loads if load.is_in_step}
+        behind = [work for work in works if work.request.request_id in loading]
+        are_there = []
+        for place, name in enumerate(self.engine.groups[0].layer_names):
+            for worker, caches in zip(self.workers, self.caches, strict=True):
+                worker.loads.wait_for_layer(name)
+                for work in behind:
+                    hashes = work.request.hashes(0, work.start)
+                    are_there.append(caches.has_layer(place, 0, work.tables[0], 0, hashes))
+        for worker in self.workers:
+            worker.saves.start(plan.saves)
+        reported = self._reported(plan)
+        assert reported.in_step == loading
+        assert are_there, "a request was loaded and not computed"
+        is_wrong = [bool(reported.bad_blocks.intersection(work.tables[0])) for work in works]
+        assert all(are_there) or any(is_wrong), "a layer was computed before it was there"
+        for work, wrong in zip(works, is_wrong, strict=True):
+            if wrong:
+                self._compute_wrong(work)
+        self._compute([work for work, wrong in zip(works, is_wrong, strict=True) if not wrong])
+        meanwhile, self.meanwhile = self.meanwhile, []
+        for happen in meanwhile:
+            happen()
+        return reported
+
+    def _reported(self, plan: Plan) -> Reported:
+        results = [worker.loads.results(is_idle=plan.is_idle) for worker in self.workers]
         failed = set[str]().union(*(each.failed for each in results))
         bad_blocks = set[int]().union(*(each.bad_blocks for each in results))
-        return Reported([each.ended for each in results], failed, bad_blocks)
+        in_step = set[str]().union(*(each.in_step for each in results))
+        return Reported([each.ended for each in results], failed, bad_blocks, in_step)
+
+    def _compute_wrong(self, work: Work) -> None:
+        """Behind blocks that hold nothing."""
+        wrong = np.arange(1, work.num_tokens + work.num_drafts + 1, dtype=np.uint64)
+        for caches in self.caches:
+            caches.write(0, work.tables[0], work.start, wrong)
 
     def _compute(self, works: Sequence[Work]) -> None:
         for work in works:
@@ -199,9 +247,10 @@ class SmallEngine:
                 caches.assert_holds(group, tables[group], start, hashes, why=why)
 
     def _update(self, work: Sequence[Work], reported: Reported) -> None:
-        self._take_failures(reported)
+        thrown_away = self._take_failures(work, reported)
         for each in work:
-            self._take_tokens(each)
+            if each.request not in thrown_away:
+                self._take_tokens(each)
         ended = set()
         for name in (name for names in reported.ended for name in names):
             self._ended[name] += 1
@@ -209,6 +258,8 @@ class SmallEngine:
                 ended.add(name)
                 del self._ended[name]
         self.scheduler.loaded(ended, reported.failed, reported.bad_blocks)
+        if reported.in_step:
+            self.scheduler.loaded_in_step(reported.in_step, reported.bad_blocks)
         for name in ended:
             # One that is not known ends vLLM.
             request = self.requests[name]
@@ -219,25 +270,46 @@ class SmallEngine:
                 self._free(request)
                 del self.requests[name]
 
-    def _take_failures(self, reported: Reported) -> None:
+    def _take_failures(self, works: Sequence[Work], reported: Reported) -> set[Request]:
+        """What is done about loads that failed; the requests whose tokens are thrown away."""
         if self.engine.fails_as_a_whole:
             for request in (self.requests[name] for name in reported.failed):
                 if request.status == "loading":
                     self.num_failed += 1
                     request.num_computed_tokens = 0
                     self._failed.add(request.request_id)
-            return
+            return set()
         assert len(self.model.windows) == 1, "a block's number does not tell its group"
         for request in self.requests.values():
             size = self.model.block_size
             table = request.tables[0] if request.tables else []
             table = table[: -(-request.num_computed_tokens // size)]
             bad = [at for at, block in enumerate(table) if block in reported.bad_blocks]
-            if bad and request.status != "finished":
-                assert request.status == "loading", "another request's block is called bad"
+            if bad and request.status == "loading":
                 self.num_failed += 1
                 request.num_computed_tokens = bad[0] * size
                 self._failed.add(request.request_id)
+            elif request.status != "finished":
+                assert not bad or reported.in_step, "another request's block is called bad"
+        return self._take_back(works, reported.bad_blocks)
+
+    def _take_back(self, works: Sequence[Work], bad_blocks: set[int]) -> set[Request]:
+        """As vLLM does it: of requests that share a bad block only the first is to compute it
+        anew, and the others go on behind it.
+        """
+        size, marked, found = self.model.block_size, set[int](), set[Request]()
+        for work in works:
+            request = work.request
+            table = work.tables[0][: -(-work.start // size)]
+            bad = [at for at, block in enumerate(table) if block in bad_blocks]
+            if not bad or request.status != "running":
+                continue
+            found.add(request)
+            own = [at for at in bad if table[at] not in marked]
+            request.num_computed_tokens = own[0] * size if own else work.start
+            marked.update(table[at] for at in own)
+            self.num_failed += bool(own)
+        return found
 
     def _take_tokens(self, work: Work) -> None:
         request = work.request
@@ -270,7 +342,7 @@ class SmallEngine:
             if request.request_id not in self._arrived:
                 return 0
             self._arrive(request)
-        num_external = 0
+        num_external, is_in_step = 0, False
         if request.tables:
             count = min(request.num_tokens - request.num_computed_tokens, budget)
             if not self._grow(request, request.num_computed_tokens + count + self.num_drafts):
@@ -282,15 +354,21 @@ class SmallEngine:
                 return 0
             num_external = 0 if request.skip_reading_prefix_cache else found
             assert 0 <= num_external <= request.num_tokens - num_own
+            is_in_step = bool(num_external) and self.scheduler.is_in_step(request)
+            # One that is part of the step and computes nothing in it ends vLLM.
+            assert not is_in_step or num_own + num_external < request.num_tokens
+            if is_in_step and not budget:
+                return 0
             if not (num_external or budget) or not self._start(
-                request, num_own, tables, num_external, budget
+                request, num_own, tables, num_external, budget, is_in_step=is_in_step
             ):
                 return 0
         if not (num_external or budget):
             return 0
         self.scheduler.allocated(request, _copy(request.tables), num_external)
-        if num_external:
-            self.num_loaded += 1
+        self.num_loaded += bool(num_external)
+        self.num_loaded_in_step += is_in_step
+        if num_external and not is_in_step:
             request.status = "loading"
             return 0
         self.waiting.remove(request)
@@ -300,7 +378,14 @@ class SmallEngine:
         return self._run(request, count, is_new=True)
 
     def _start(
-        self, request: Request, num_own: int, tables: Tables, num_external: int, budget: int
+        self,
+        request: Request,
+        num_own: int,
+        tables: Tables,
+        num_external: int,
+        budget: int,
+        *,
+        is_in_step: bool,
     ) -> bool:
         """Give a request its first blocks, if all of it fits beside those that have begun."""
         computed = num_own + num_external
@@ -316,7 +401,9 @@ class SmallEngine:
         for block in (block for table in tables for block in table):
             self.pool.touch(block)
         request.tables, request.num_computed_tokens = tables, computed
-        count = 0 if num_external else min(request.num_tokens - num_own, budget) + self.num_drafts
+        count = min(request.num_tokens - computed, budget) + self.num_drafts
+        if num_external and not is_in_step:
+            count = 0
         assert self._grow(request, computed + count)
         return True
 

@@ -72,9 +72,10 @@ def layer_name(number: int) -> str:
     return f"model.layers.{number}.self_attn.attn"
 
 
-def vllm_config(model: Model) -> SimpleNamespace:
+def vllm_config(model: Model, *, plans_ahead: bool = False) -> SimpleNamespace:
     """As `VllmConfig`."""
     return SimpleNamespace(
+        scheduler_config=SimpleNamespace(async_scheduling=plans_ahead),
         parallel_config=SimpleNamespace(
             pipeline_parallel_size=1, tensor_parallel_size=model.num_ranks
         ),

@@ -111,6 +111,11 @@ class Pool:
             if not self._users[block]:
                 self.free[block] = None
 
+    def forget(self, blocks: set[int]) -> None:
+        """Nobody finds these any more; whoever has them keeps them."""
+        for block in blocks:
+            self.cached.pop(self._names.pop(block, (-1, b"")), None)
+
     def remember(self, group: int, name: bytes, block: int) -> None:
         """A whole block can be found."""
         if block and block not in self._names and (group, name) not in self.cached:

@@ -126,6 +126,10 @@ class Lease:
         """`[layers, planes, tokens, kv_heads, head_dim]` of one chunk."""
         return self.layout.shape(self._num_tokens[index])
 
+    def is_ready(self, index: int) -> bool:
+        """Whether all of one chunk may be read now, without waiting for a disk or a codec."""
+        return not self._ready or self._ready[index] >= self._sizes[index]
+
     def wait(self, index: int, size: int | None = None, *, timeout_s: float | None = None) -> bool:
         """Wait until the first `size` bytes of a chunk (default: all) may be read; False if the
         chunk is lost. Raises `DeadlineExceeded` or `LeaseExpired`.

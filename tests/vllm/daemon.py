@@ -25,6 +25,7 @@ from tests.vllm.harness import ROOT
 # A busy machine may take long; a daemon of this size needs half a second.
 PATIENCE_S = 60.0
 LOOK_EVERY_S = 0.02
+LOOKUP_S = 5.0
 
 
 class Daemon:
@@ -76,12 +77,15 @@ class Daemon:
             self.process.send_signal(signal.SIGCONT)
 
     def transfer(self, *, role: str = "kv_both", **options: Any) -> dict[str, Any]:
-        """The engine's argument that makes it use this daemon. `options` are the connector's."""
+        """The engine's argument that makes it use this daemon. `options` are the connector's. A
+        lookup may take as long as it does on a busy machine.
+        """
+        extra = {"socket": str(self.socket), "lookup_s": LOOKUP_S, **options}
         config = {
             "kv_connector": "KvdConnector",
             "kv_connector_module_path": "kvd.client.connectors.vllm",
             "kv_role": role,
-            "kv_connector_extra_config": {"socket": str(self.socket), **options},
+            "kv_connector_extra_config": extra,
         }
         return {"kv_transfer_config": config}
 

@@ -27,9 +27,11 @@ LOOK_EVERY_S = 0.01
 # Where: (module, class, method), and whether it is before or after the call.
 PLACES = {
     # A hit was found and pinned, its load has not begun.
-    "load": ("kvd.client.connectors.vllm_worker", "WorkerSide", "start_loads", "before"),
+    "load": ("kvd.client.connectors.vllm_loads", "Loads", "start", "before"),
     # A piece of several has been loaded.
     "scatter": ("kvd.client.connectors.vllm_pages", "Pages", "scatter", "after"),
+    # The same of a layer, in a step that loads.
+    "layer": ("kvd.client.connectors.vllm_step", "Progress", "layer_written", "after"),
     # A save has been begun, and has read nothing.
     "reserve": ("kvd.client.connectors.late_client", "LateClient", "reserve", "before"),
     # A piece of several has been read.
@@ -77,7 +79,7 @@ def install(folder: Path) -> None:
 def _waiting(method: Any, hold: Hold, when: str) -> Any:
     @wraps(method)
     def waiting(self: Any, *args: Any, **options: Any) -> Any:
-        # A step without loads comes to `start_loads` as well.
+        # A step without loads comes there as well.
         has_work = bool(args and len(args[0])) if hold.file.name == "load" else True
         if when == "before" and has_work:
             _wait(hold)

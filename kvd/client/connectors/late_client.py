@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from kvd.client.client import Client
 from kvd.client.lease import Lease, Reservation
-from kvd.errors import Unavailable
+from kvd.errors import KvdError, Unavailable
 
 # A daemon that was never there is looked for this often.
 RETRY_EVERY_S = 1.0
@@ -26,6 +27,11 @@ class LateClient:
         self._lock = threading.Lock()
         self._retry_at = 0.0
         self._is_closed = False
+
+    def attach(self) -> None:
+        """Look for the daemon now, so that the first call need not."""
+        with suppress(KvdError):
+            self._attached()
 
     def pin(self, *args: Any, **options: Any) -> Lease:
         """As `Client.pin`."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,12 +26,13 @@ from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 from kvd.client.connectors.vllm_events import EventBook
 from kvd.client.connectors.vllm_finder import Finder
 from kvd.client.connectors.vllm_identity import Engine, engine_of
+from kvd.client.connectors.vllm_loads import Results
 from kvd.client.connectors.vllm_metrics import KvdPromMetrics, KvdStats
 from kvd.client.connectors.vllm_options import client_of, parse_options
-from kvd.client.connectors.vllm_plan import Plan
+from kvd.client.connectors.vllm_plan import Load, Plan
 from kvd.client.connectors.vllm_scheduler import SchedulerSide
 from kvd.client.connectors.vllm_stats import Tally
-from kvd.client.connectors.vllm_worker import Results, WorkerSide
+from kvd.client.connectors.vllm_worker import WorkerSide
 from kvd.errors import Unsupported
 
 log = logging.getLogger("kvd.vllm")
@@ -51,13 +52,16 @@ class KvdMetadata(base.KVConnectorMetadata):  # type: ignore[misc]  # vLLM carri
 
 
 class KvdWorkerMetadata(base.KVConnectorWorkerMetadata):  # type: ignore[misc]  # as above
-    """How many ranks have committed which pieces since the last step."""
+    """How many ranks have committed which pieces since the last step, and have ended the loads of
+    which requests in this one.
+    """
 
-    def __init__(self, stored: Counter[bytes]) -> None:
+    def __init__(self, stored: Counter[bytes], loaded: Counter[str]) -> None:
         self.stored = stored
+        self.loaded = loaded
 
     def aggregate(self, other: Any) -> KvdWorkerMetadata:
-        return KvdWorkerMetadata(self.stored + other.stored)
+        return KvdWorkerMetadata(self.stored + other.stored, self.loaded + other.loaded)
 
 
 class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[misc]  # as above
@@ -80,6 +84,7 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         transfer.kv_load_failure_policy = "recompute"
         self._tally = Tally(log)
         self._bad_blocks: set[int] = set()
+        self._loaded_in_step: set[str] = set()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._engine: Engine | None = None
@@ -118,7 +123,12 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         if self._scheduler is None:
             return 0, False
         count = self._scheduler.matched(request, num_computed_tokens)
-        return count, bool(count)
+        return count, bool(count) and not self._scheduler.is_in_step(request)
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self._scheduler is not None:
+            self._scheduler.allow_in_step(kv_cache_manager.evict_blocks)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None:
@@ -130,13 +140,16 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         return KvdMetadata(self._scheduler.plan(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
+        bad_blocks: set[int] = set(connector_output.invalid_block_ids or ())
         if self._scheduler is not None:
             self._scheduler.loaded(
                 connector_output.finished_recving or (),
                 getattr(connector_output, "failed_recving", None) or (),
-                set(connector_output.invalid_block_ids or ()),
+                bad_blocks,
             )
         told = getattr(connector_output, "kv_connector_worker_meta", None)
+        if self._scheduler is not None and told is not None and told.loaded:
+            self._scheduler.loaded_in_step(told.loaded, bad_blocks)
         if self._events is not None and told is not None:
             self._events.committed(told.stored)
 
@@ -190,21 +203,25 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         plan = kv_connector_metadata.plan
         if self._worker is not None and plan.new_blocks:
-            self._worker.make_way(plan.new_blocks)
+            self._worker.saves.make_way(plan.new_blocks)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.start_loads(self._plan.loads)
+            mode = getattr(forward_context, "cudagraph_runtime_mode", None)
+            # A graph of the whole model calls nobody between its layers.
+            stops_at_layers = getattr(mode, "name", "NONE") != "FULL"
+            self._worker.loads.start(self._plan.loads, stops_at_layers=stops_at_layers)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Loads are whole before the engine computes on top of them."""
+        if self._worker is not None:
+            self._worker.loads.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **_: Any) -> None:
         """Chunks are saved when the step has been launched, all layers together."""
 
     def wait_for_save(self) -> None:
         if self._worker is not None:
-            self._worker.start_saves(self._plan.saves)
+            self._worker.saves.start(self._plan.saves)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         # How versions before `get_transfer_results` ask.
@@ -222,10 +239,13 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         return set() if self._fails_as_a_whole else found
 
     def build_connector_worker_meta(self) -> KvdWorkerMetadata | None:
-        if self._worker is None or not self._tells_events:
+        stored: list[bytes] = []
+        if self._worker is not None and self._tells_events:
+            stored = self._worker.saves.take_stored()
+        loaded, self._loaded_in_step = self._loaded_in_step, set()
+        if not (stored or loaded):
             return None
-        stored = self._worker.take_stored()
-        return KvdWorkerMetadata(Counter(stored)) if stored else None
+        return KvdWorkerMetadata(Counter(stored), Counter(loaded))
 
     def shutdown(self) -> None:
         if self._scheduler is not None:
@@ -246,13 +266,11 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
     def _results(self) -> Results:
         plan = self._plan
         if self._worker is not None:
-            found = self._worker.results(is_idle=plan.is_idle)
+            found = self._worker.loads.results(is_idle=plan.is_idle)
         else:
-            # Nobody here can load: the engine must not wait for it.
-            names = {load.request for load in plan.loads}
-            bad = {b for load in plan.loads for ps in load.pieces for p in ps for b in p.blocks}
-            found = Results(names, names, bad)
+            found = _none_of(plan.loads)
         self._bad_blocks = found.bad_blocks
+        self._loaded_in_step |= found.in_step
         return found
 
     # Either side.
@@ -274,3 +292,11 @@ class KvdConnector(base.KVConnectorBase_V1, base.SupportsHMA):  # type: ignore[m
         per_engine_labelvalues: dict[int, list[object]],
     ) -> KvdPromMetrics:
         return KvdPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+
+def _none_of(loads: Sequence[Load]) -> Results:
+    """Nobody here can load: the engine must not wait for it."""
+    names = {load.request for load in loads if not load.is_in_step}
+    in_step = {load.request for load in loads if load.is_in_step}
+    bad_blocks = set[int]().union(*(load.all_filled for load in loads))
+    return Results(ended=names, failed=set(names), bad_blocks=bad_blocks, in_step=in_step)

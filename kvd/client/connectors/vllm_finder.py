@@ -21,6 +21,7 @@ from kvd.client.connectors.vllm_options import Options
 from kvd.client.connectors.vllm_plan import key_of
 from kvd.client.lease import Lease
 from kvd.errors import DeadlineExceeded, KvdError
+from kvd.proto.limits import KEYS_MAX
 
 log = logging.getLogger("kvd.vllm")
 
@@ -30,8 +31,9 @@ INLINE_S = 0.005
 # After an answer that came too late nobody asks for this long.
 REST_S = 1.0
 
-# Ends of a hit that are tried where groups with a window lack their part of the longest.
-ENDS_MAX = 8
+# How many ends of a hit are asked for at once where groups with a window lack their part of the
+# longest: most often that is there, and if not, some shorter one may be much shorter.
+ENDS_AT_ONCE = (1, 8, 64, 512)
 
 # What a load may take longer than planned before its chunks can be evicted.
 LEASE_MARGIN_S = 5.0
@@ -61,6 +63,11 @@ class Found:
             with suppress(KvdError):
                 if not lease.is_released:
                     lease.release()
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether nothing of it has to come from a disk, or to be decoded."""
+        return all(lease.is_ready(at) for lease in self.leases for at in range(len(lease)))
 
     @property
     def is_good(self) -> bool:
@@ -166,20 +173,27 @@ class Finder:
     ) -> None:
         full = [group for group in self._engine.groups if group.kind == "full"]
         windows = [group for group in self._engine.groups if group.kind == "window"]
-        end = len(names) * self._engine.chunk_tokens
+        chunk_tokens = self._engine.chunk_tokens
+        end = len(names) * chunk_tokens
         for group in full:
             for rank in range(len(group.layouts)):
                 count = self._pin_chain(found, group, rank, names, give_up)
-                end = min(end, count * self._engine.chunk_tokens)
-        by_end = {(index + 1) * self._engine.chunk_tokens: n for index, n in enumerate(names)}
-        ends = list(range(end, 0, -self._engine.chunk_tokens))[:ENDS_MAX]
+                end = min(end, count * chunk_tokens)
+        by_end = {(index + 1) * chunk_tokens: name for index, name in enumerate(names)}
         behind = tails(end)
         by_end |= dict(behind)
-        ends = [*self._common_tails(found, full, behind, give_up), *ends]
-        for end in ends if windows else ends[:1]:
-            if all(self._pin_window(found, group, end, by_end, give_up) for group in windows):
-                found.num_tokens = end
-                break
+        tail_ends = self._common_tails(found, full, behind, give_up)
+        ends = [*tail_ends, *range(end, 0, -chunk_tokens)]
+        if windows:
+            found.num_tokens = self._pin_windows(found, windows, ends, by_end, give_up)
+        elif ends:
+            found.num_tokens = ends[0]
+        if windows and not full and found.num_tokens < end:
+            # Only now it is known which chunk a shorter prompt's end would stand behind.
+            behind = tails(found.num_tokens)
+            tail_ends, by_end = [end for end, _ in behind], by_end | dict(behind)
+            longer = self._pin_windows(found, windows, tail_ends, by_end, give_up)
+            found.num_tokens = max(found.num_tokens, longer)
         found.is_exact = all(lease.all_exact for lease in found.leases)
 
     def _pin_chain(
@@ -214,17 +228,61 @@ class Finder:
                     return []
         return ends
 
-    def _pin_window(
-        self, found: Found, group: Group, end: int, names: dict[int, bytes], give_up: float
-    ) -> bool:
-        """Whether every rank has what a group with a window needs to go on at `end`."""
-        wanted = [names[each] for each in group.ends_needed(end)]
-        for rank, layout in enumerate(group.layouts):
-            keys = [key_of(layout, name) for name in wanted]
-            lease = self._pin(found, group, rank, keys, give_up, standalone=True)
-            if len(lease) < len(keys):
-                return False
-        return True
+    def _pin_windows(
+        self,
+        found: Found,
+        windows: Sequence[Group],
+        ends: Sequence[int],
+        names: dict[int, bytes],
+        give_up: float,
+    ) -> int:
+        """The first of `ends` at which all groups with a window can go on, with what they need
+        pinned; 0 if there is none.
+        """
+        for at_once in (*ENDS_AT_ONCE, KEYS_MAX):
+            tried, ends = ends[:at_once], ends[at_once:]
+            while tried:
+                asked = Found()
+                try:
+                    good = self._good_ends(asked, windows, tried, names, give_up)
+                except BaseException:
+                    asked.release()
+                    raise
+                if good and len(tried) == 1:
+                    found.leases += asked.leases
+                    return good[0]
+                # Only what is needed stays pinned.
+                asked.release()
+                tried = good[:1]
+        return 0
+
+    def _good_ends(
+        self,
+        found: Found,
+        windows: Sequence[Group],
+        ends: Sequence[int],
+        names: dict[int, bytes],
+        give_up: float,
+    ) -> list[int]:
+        """Those of `ends` for which every rank has what the groups with a window need; all that is
+        there of it is pinned.
+        """
+        good = list(ends)
+        for group in windows:
+            needed = {end: [names[each] for each in group.ends_needed(end)] for end in good}
+            for rank, layout in enumerate(group.layouts):
+                wanted = dict.fromkeys(name for end in good for name in needed[end])
+                if not wanted:
+                    return good
+                keys = [key_of(layout, name) for name in wanted]
+                lease = self._pin(found, group, rank, keys, give_up, standalone=True)
+                there = set(lease.keys)
+                good = [
+                    end
+                    for end in good
+                    if all(key_of(layout, name) in there for name in needed[end])
+                ]
+        return good
 
     def _pin(
         self,

@@ -98,7 +98,8 @@ class Group:
 class Engine:
     """What both sides of a connector know of their engine. A chunk has `chunk_tokens` tokens, a
     whole number of blocks of every group; hits end on a multiple of `block_size`, block hashes
-    stand for `hash_block_size` tokens each.
+    stand for `hash_block_size` tokens each. One that `plans_ahead` plans a step while the one
+    before it is computed.
     """
 
     groups: tuple[Group, ...]
@@ -106,6 +107,7 @@ class Engine:
     block_size: int
     hash_block_size: int
     num_ranks: int
+    plans_ahead: bool
 
     @property
     def num_left_out(self) -> int:
@@ -152,6 +154,7 @@ def engine_of(config: Any, kv_cache_config: Any, options: Options) -> Engine:
         block_size=block_size,
         hash_block_size=hash_block_size,
         num_ranks=parallel.tensor_parallel_size,
+        plans_ahead=getattr(config.scheduler_config, "async_scheduling", True),
     )
 
 

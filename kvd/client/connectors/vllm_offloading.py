@@ -71,7 +71,14 @@ LOAD_THREADS = 2
 LEASE_MARGIN_S = 1.0
 
 # Options of the connector that mean nothing here: vLLM decides what is offloaded, in which sizes.
-_NOT_HERE = ("chunk_tokens", "exact_only", "min_hit_tokens", "store_generated", "store_tails")
+_NOT_HERE = (
+    "chunk_tokens",
+    "exact_only",
+    "layer_by_layer",
+    "min_hit_tokens",
+    "store_generated",
+    "store_tails",
+)
 
 # A row's bytes have no heads; these make numbers of any size out of numbers that a layout may have.
 _HEAD_DIM_MAX = 4096

@@ -29,7 +29,8 @@ class Options:
     engine has itself is not loaded. With `exact_only` nothing is loaded that a lossy codec has
     touched. `revision` names the weights (default: a digest of their files), `salt` a tenant. A
     prompt waits `lookup_s` at most for the daemon's answer, and `load_s` for its KV; then it is
-    computed.
+    computed. With `layer_by_layer` an engine that has nothing else to do computes while its KV is
+    still being loaded.
     """
 
     socket: str = ""
@@ -43,6 +44,7 @@ class Options:
     salt: str = ""
     store_generated: bool = True
     store_tails: bool = True
+    layer_by_layer: bool = True
     lookup_s: float = 0.25
     load_s: float = 10.0
     store_s: float = 10.0

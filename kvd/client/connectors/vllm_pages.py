@@ -69,6 +69,26 @@ class Pages:
         for pages, place in self._moves(blocks, chunk, skip):
             _copy(pages, place)
 
+    def scatter_by_layer(
+        self, moves: Sequence[tuple[torch.Tensor, Sequence[int], int]]
+    ) -> Iterator[int]:
+        """Write chunks as `scatter` does, all of them layer by layer; `moves` has the arguments of
+        each. Yields a layer's number when it is written.
+        """
+        found: list[list[tuple[Any, Any]]] = []
+        for chunk, blocks, skip in moves:
+            at = 0
+            for pages, place in self._moves(blocks, chunk, skip):
+                first = at % chunk.shape[0]
+                found += [[] for _ in range(first + len(pages) - len(found))]
+                for layer in range(len(pages)):
+                    found[first + layer].append((pages[layer], place[layer]))
+                at += len(pages)
+        for layer, copies in enumerate(found):
+            for pages, place in copies:
+                _copy(pages, place)
+            yield layer
+
     def _moves(
         self, blocks: Sequence[int], chunk: torch.Tensor, skip: int
     ) -> Iterator[tuple[Any, Any]]:

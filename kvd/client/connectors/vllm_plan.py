@@ -32,12 +32,14 @@ class Piece(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """Pieces of a request to be read into its blocks, by group. Of the first of each group only
-    tokens from `first_token` on: the engine has what is before them.
+    tokens from `first_token` on: the engine has what is before them. With `is_in_step` the step
+    itself computes on them, layer by layer; else the request waits.
     """
 
     request: str
     first_token: int
     pieces: tuple[tuple[Piece, ...], ...]
+    is_in_step: bool = False
 
     def num_skipped(self, piece: Piece) -> int:
         """How many of a piece's blocks are left alone: those that the engine has, for others read

@@ -6,20 +6,22 @@
 Nothing here waits for the daemon longer than `INLINE_S`, and nothing is kept for it: blocks are
 freed as the engine likes, and a worker that is still reading from some that are about to be written
 hears of it first.
+
+A load may be part of the step that computes on it, where that makes nobody else wait. What such a
+step computes is saved by a later one, and if the load fails, taken back.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvd.client.connectors.vllm_events import EventBook, Stored
 from kvd.client.connectors.vllm_finder import INLINE_S, Finder, Found, Question, Tails
-from kvd.client.connectors.vllm_identity import Engine, Group, adapter_of, hash_space
+from kvd.client.connectors.vllm_identity import Engine, Group, adapter_of
+from kvd.client.connectors.vllm_names import Approximate, Names
 from kvd.client.connectors.vllm_options import Options, RequestOptions, request_options
 from kvd.client.connectors.vllm_plan import Load, Piece, Plan, Save
 from kvd.client.connectors.vllm_stats import Tally
@@ -28,8 +30,8 @@ from kvd.proto.limits import KEYS_MAX
 
 log = logging.getLogger("kvd.vllm")
 
-# Block hashes of which the KV is known to be approximate, at most.
-APPROXIMATE_MAX = 1 << 16
+# Bytes that a rank loads within a step, at most: who comes meanwhile waits for them.
+STEP_SIZE_MAX = 256 << 20
 
 Blocks = tuple[list[int], ...]
 
@@ -47,12 +49,23 @@ class _Tracked:
     found: Found | None = None
     # Where the engine's own hit ends, as it stood when the answer was given.
     local_tokens: int = 0
+    # Whether the answer was that the load is part of the step.
+    is_in_step: bool = False
     # Up to here pieces were given to be saved.
     saved_tokens: int = 0
     has_saved_tail: bool = False
     is_missed: bool = False
     has_failed: bool = False
     is_exact: bool = True
+
+
+class _AtRisk(NamedTuple):
+    """What a step that loads computes of a request: tokens `start` to `end`, in its blocks."""
+
+    tracked: _Tracked
+    blocks: Sequence[int]
+    start: int
+    end: int
 
 
 class SchedulerSide:
@@ -76,9 +89,26 @@ class SchedulerSide:
         self._loads: list[Load] = []
         # Pins of loads under way, and the blocks that they fill.
         self._pinned: dict[str, tuple[Found, set[int]]] = {}
-        self._approximate: OrderedDict[bytes, None] = OrderedDict()
-        self._space: bytes | None = None
-        self._epoch = b""
+        self._approximate = Approximate(engine)
+        self._names = Names(engine)
+        # Takes blocks out of the engine's prefix cache; None where loads may not be in a step.
+        self._evict: Callable[[set[int]], None] | None = None
+        # Requests that have blocks, and those of a step that loads.
+        self._admitted: set[str] = set()
+        self._at_risk: list[_AtRisk] = []
+
+    def allow_in_step(self, evict: Callable[[set[int]], None]) -> None:
+        """Loads may be part of a step, if one that has failed can be taken back: bad blocks can be
+        told, and the next step is planned when it has ended. `evict` takes blocks out of the
+        engine's prefix cache.
+        """
+        can_be_taken_back = not (self._engine.fails_as_a_whole or self._engine.plans_ahead)
+        if self._options.layer_by_layer and can_be_taken_back:
+            self._evict = evict
+
+    def is_in_step(self, request: Any) -> bool:
+        """Whether what `matched` found is loaded while the request is computed."""
+        return self._track(request).is_in_step
 
     def matched(self, request: Any, num_computed: int) -> int | None:
         """How many tokens beyond `num_computed` can be loaded; None while that is not known."""
@@ -93,6 +123,7 @@ class SchedulerSide:
         if found is None:
             return None
         tracked.found, tracked.local_tokens = found, num_computed
+        tracked.is_in_step = self._goes_in_step(tracked, found, num_computed)
         num_new = found.num_tokens - num_computed
         if num_new >= max(self._options.min_hit_tokens, 1):
             return num_new
@@ -107,6 +138,7 @@ class SchedulerSide:
     def allocated(self, request: Any, blocks: Blocks, num_external: int) -> None:
         """The request has these blocks; `num_external` tokens of what was found are wanted."""
         tracked = self._track(request)
+        self._admitted.add(request.request_id)
         found, tracked.found = tracked.found or Found(), None
         if not num_external:
             self._finder.let_go(found)
@@ -116,9 +148,10 @@ class SchedulerSide:
         load = self._load(tracked, blocks, tracked.local_tokens, end)
         self._loads.append(load)
         self._pinned[request.request_id] = found, load.all_filled
-        self._tally.add(hits=1, hit_tokens=num_external)
+        self._tally.add(hits=1, hit_tokens=num_external, hits_in_step=int(load.is_in_step))
         if not found.is_exact:
-            self._remember_approximate(tracked, tracked.local_tokens)
+            tracked.is_exact = False
+            self._approximate.begins(request, tracked.local_tokens)
 
     def plan(self, output: Any) -> Plan:
         """What the workers move in this step of `SchedulerOutput`."""
@@ -127,12 +160,24 @@ class SchedulerSide:
         for load in plan.loads:
             plan.new_blocks |= load.all_filled
         computed = dict(self._scheduled(output, plan.new_blocks))
+        late, self._at_risk = self._at_risk, []
+        for each in late:
+            # They may have ended since, and left their blocks to others.
+            if plan.new_blocks.isdisjoint(each.blocks):
+                self._save(plan, each.tracked, each.start, each.end)
+        is_loading = any(load.is_in_step for load in plan.loads)
         for request, start in computed.items():
             tracked = self._requests.get(request)
-            if tracked is not None:
-                # Drafts of speculative decoding are no tokens yet.
-                end = start + output.num_scheduled_tokens[request]
-                self._save(plan, tracked, start, min(end, tracked.request.num_tokens))
+            if tracked is None:
+                continue
+            # Drafts of speculative decoding are no tokens yet.
+            end = start + output.num_scheduled_tokens[request]
+            end = min(end, tracked.request.num_tokens)
+            if is_loading:
+                # Nobody knows yet whether what is computed now is right.
+                self._at_risk.append(_AtRisk(tracked, tuple(tracked.blocks[0]), start, end))
+            else:
+                self._save(plan, tracked, start, end)
         return plan
 
     def loaded(self, ended: Iterable[str], failed: Iterable[str], bad_blocks: set[int]) -> None:
@@ -145,16 +190,33 @@ class SchedulerSide:
             if tracked is not None and (request in failed or not filled.isdisjoint(bad_blocks)):
                 tracked.has_failed = True
 
+    def loaded_in_step(self, ended: Iterable[str], bad_blocks: set[int]) -> None:
+        """The loads of the last step have ended. If they left `bad_blocks`, nobody goes on behind
+        one of those, or finds what was computed there.
+        """
+        self.loaded(ended, (), bad_blocks)
+        if not bad_blocks or self._evict is None:
+            return
+        at_risk, self._at_risk = self._at_risk, []
+        for tracked, blocks, _, _ in at_risk:
+            first = next((at for at, block in enumerate(blocks) if block in bad_blocks), None)
+            if first is not None:
+                # vLLM does this for the first of several requests that share a block.
+                good = first * self._engine.block_size
+                request = tracked.request
+                request.num_computed_tokens = min(request.num_computed_tokens, good)
+                self._evict(set(blocks[first:]))
+
     def finished(self, request: Any) -> None:
         """The engine forgets the request; a load under way goes on."""
+        self._admitted.discard(request.request_id)
         tracked = self._requests.pop(request.request_id, None)
         if tracked is not None:
             self._forget_answer(tracked)
 
     def forget_everything(self, epoch: bytes) -> None:
         """The engine's weights may be others now: nothing that was stored is found any more."""
-        self._epoch = epoch
-        self._space = None
+        self._names.begin_anew(epoch)
         for tracked in self._requests.values():
             tracked.names.clear()
             self._forget_answer(tracked)
@@ -214,48 +276,29 @@ class SchedulerSide:
         """Names of a prompt's whole chunks, and the tails behind any number of them."""
         chunk_tokens, step = self._engine.chunk_tokens, self._engine.block_size
         num_tokens = tracked.request.num_tokens - self._engine.num_left_out
-        num_tokens = min(num_tokens, self._num_hashed(tracked))
-        names = self._names(tracked)[: min(num_tokens // chunk_tokens, KEYS_MAX)]
+        num_tokens = min(num_tokens, self._names.num_tokens(tracked.request))
+        names = self._chunk_names(tracked)[: min(num_tokens // chunk_tokens, KEYS_MAX)]
         # The finder's thread names them, when it knows how many chunks there are.
-        space, adapter = self._known_space, tracked.adapter
-        size, hashes = self._engine.hash_block_size, list(tracked.request.block_hashes)
+        name_of = self._names.namer(tracked.request, tracked.adapter)
         has_tails = self._options.store_tails
 
         def tails(start: int) -> list[tuple[int, bytes]]:
             if not has_tails or start // chunk_tokens >= KEYS_MAX:
                 return []
             ends = range(start + step, min(num_tokens, start + chunk_tokens - 1) + 1, step)
-            return [(end, _name_of(space, adapter, hashes[end // size - 1])) for end in ends][::-1]
+            return [(end, name_of(end)) for end in ends][::-1]
 
         return names, tails
 
-    def _names(self, tracked: _Tracked) -> list[bytes]:
+    def _chunk_names(self, tracked: _Tracked) -> list[bytes]:
         """Names of the whole chunks that the request has tokens for."""
-        num_chunks = self._num_hashed(tracked) // self._engine.chunk_tokens
+        num_chunks = self._names.num_tokens(tracked.request) // self._engine.chunk_tokens
         for index in range(len(tracked.names), num_chunks):
             tracked.names.append(self._name(tracked, (index + 1) * self._engine.chunk_tokens))
         return tracked.names
 
-    def _num_hashed(self, tracked: _Tracked) -> int:
-        """How many tokens the engine's hashes stand for; 0 where they are more or fewer than they
-        should be, for then they are of other tokens.
-        """
-        size, count = self._engine.hash_block_size, len(tracked.request.block_hashes)
-        return count * size if count == tracked.request.num_tokens // size else 0
-
     def _name(self, tracked: _Tracked, end: int) -> bytes:
-        """The name of the piece that ends at a token: the engine's hash of the block before it, in
-        its name space.
-        """
-        block_hash = tracked.request.block_hashes[end // self._engine.hash_block_size - 1]
-        return _name_of(self._known_space, tracked.adapter, block_hash)
-
-    @property
-    def _known_space(self) -> bytes:
-        if self._space is None:
-            # Not before the first request: the engine chooses the seed of its hashes late.
-            self._space = hash_space(self._engine.hash_block_size) + self._epoch
-        return self._space
+        return self._names.name(tracked.request, tracked.adapter, end)
 
     def _miss(self, tracked: _Tracked, reason: str, detail: str = "") -> None:
         # A prompt that waits for room is looked at again and again.
@@ -265,13 +308,32 @@ class SchedulerSide:
 
     # Loading.
 
+    def _goes_in_step(self, tracked: _Tracked, found: Found, num_computed: int) -> bool:
+        """Whether a load keeps nobody else waiting, and cannot wait itself. vLLM computes a token
+        of every request of a step.
+        """
+        request, layout = tracked.request, self._engine.groups[0].layouts[0]
+        size = layout.size(max(found.num_tokens - num_computed, 1))
+        return (
+            self._evict is not None
+            and self._admitted <= {request.request_id}
+            and found.num_tokens < request.num_tokens
+            and size <= STEP_SIZE_MAX
+            and found.is_in_memory
+        )
+
     def _load(self, tracked: _Tracked, blocks: Blocks, start: int, end: int) -> Load:
         pieces = []
         for group in self._engine.groups:
             ends = [each for each in group.ends_needed(end) if each > start][::-1]
             found = [self._piece(tracked, group, each, blocks[group.index]) for each in ends]
             pieces.append(tuple(found))
-        return Load(request=tracked.request.request_id, first_token=start, pieces=tuple(pieces))
+        return Load(
+            request=tracked.request.request_id,
+            first_token=start,
+            pieces=tuple(pieces),
+            is_in_step=tracked.is_in_step,
+        )
 
     def _piece(self, tracked: _Tracked, group: Group, end: int, blocks: Sequence[int]) -> Piece:
         start = group.first_useful(end)
@@ -311,13 +373,13 @@ class SchedulerSide:
         """Have what is complete at `end` saved; `start` is where this step began."""
         if not (self._options.stores and tracked.options.store) or not tracked.blocks:
             return
-        if not self._num_hashed(tracked):
+        if not self._names.num_tokens(tracked.request):
             return
         request = tracked.request
         if not self._options.store_generated:
             end = min(end, request.num_prompt_tokens)
         chunk_tokens = self._engine.chunk_tokens
-        num_chunks = len(self._names(tracked))
+        num_chunks = len(self._chunk_names(tracked))
         last = min(end // chunk_tokens, num_chunks) * chunk_tokens
         ends = list(range(tracked.saved_tokens + chunk_tokens, last + 1, chunk_tokens))
         tail = self._tail(tracked, last, end)
@@ -385,24 +447,7 @@ class SchedulerSide:
             elif group.kind == "full":
                 return
 
-    # Exactness.
-
-    def _remember_approximate(self, tracked: _Tracked, start: int) -> None:
-        tracked.is_exact = False
-        self._approximate[bytes(self._hash_at(tracked, start))] = None
-        while len(self._approximate) > APPROXIMATE_MAX:
-            self._approximate.popitem(last=False)
-
     def _is_exact(self, tracked: _Tracked, end: int) -> bool:
         """Whether nothing before `end` is approximate, or computed on top of it, in this engine."""
-        if tracked.is_exact and self._approximate:
-            hashes = tracked.request.block_hashes[: end // self._engine.hash_block_size]
-            tracked.is_exact = not any(bytes(each) in self._approximate for each in hashes)
+        tracked.is_exact = tracked.is_exact and not self._approximate.touches(tracked.request, end)
         return tracked.is_exact
-
-    def _hash_at(self, tracked: _Tracked, token: int) -> Any:
-        return tracked.request.block_hashes[token // self._engine.hash_block_size]
-
-
-def _name_of(space: bytes, adapter: bytes, block_hash: bytes) -> bytes:
-    return blake2b(space + adapter + bytes(block_hash), digest_size=32).digest()

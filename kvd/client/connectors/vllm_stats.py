@@ -25,6 +25,7 @@ MISSES = {
 
 COUNTERS = {
     "hits": "Prompts of which a part was found and loaded.",
+    "hits_in_step": "Those that were loaded layer by layer, by the step that goes on behind them.",
     "hit_tokens": "Tokens that were to be loaded instead of computed.",
     "loads": "Loads that have ended, well or not, on each rank.",
     "loaded_bytes": "Bytes of KV that were loaded.",
