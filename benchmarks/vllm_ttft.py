@@ -1,13 +1,26 @@
-"""Time to the first token of a real vLLM engine with kvd, beside the same engine without.
+r"""Time to the first token of a real vLLM engine with kvd, beside the same engine without.
 
-    python benchmarks/vllm_ttft.py [--quick] [--json FILE]     (after `make test-vllm`)
+    python benchmarks/vllm_ttft.py [--quick] [--json FILE] [--lmcache PYTHON]
+                                                               (after `make test-vllm`)
 
-SmolLM2-135M in bfloat16 on the CPU, three engines in processes of their own, one prompt at a time,
-the engines by turns in one run:
+SmolLM2-135M in bfloat16 on the CPU, engines in processes of their own, one prompt at a time, the
+engines by turns in one run:
 
     plain      no connector: a new prompt is computed; the same again is a hit of vLLM's own cache
     kvd        a new prompt is computed and stored; vLLM's own cache is emptied; then it is loaded
     example    vLLM's ExampleConnector, files in a folder: the same
+    lmcache    LMCache's server and vLLM's connector to it, in shared memory: the same. Takes part
+               where LMCache can be imported
+
+LMCache's wheel asks for other versions than vLLM here has. In an environment that
+`tests/vllm/environment.py FOLDER` made, this is enough for a CPU:
+
+    pip install --constraint tests/vllm/constraints.txt \
+        aiofile cryptography opentelemetry-exporter-prometheus sortedcontainers
+    pip install --no-deps lmcache==0.5.6
+
+and then `--lmcache FOLDER/bin/python`: everything runs in that environment. Its connector inside
+the engine (LMCacheConnectorV1) has no way to copy from a CPU engine, and stores nothing.
 
 On the back of an envelope: a token has 23 KB of KV (30 layers, 2 planes, 3 heads of 64), so 2,048
 tokens 47 MB, 8 ms to copy; they take 2 x 135e6 x 2,048 = 0.55 TFLOP to compute, some seconds on two
@@ -20,13 +33,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import socket
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import numpy as np
 
@@ -45,6 +64,7 @@ from benchmarks.common import (
     print_rows,
     progress_bar,
     ratio_of,
+    running,
     running_daemon,
     significant,
     write_json,
@@ -59,12 +79,18 @@ TOKEN_SIZE = 30 * 2 * 3 * 64 * 2
 CPU_SIZE = 3 << 30
 CHUNK_TOKENS = 256
 STORE_S_MAX = 30.0
+# A load is counted before the first token is there, or just after.
+COUNT_S_MAX = 1.0
 BLOCK_SIZE = 128
 
 # For what a connector costs where nothing is found: so many prompts at once, of so many tokens.
 MISS_PROMPTS, MISS_TOKENS, MISS_NEW_TOKENS = 4, 1024, 16
 
-SETTINGS = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "VLLM_CPU_KVCACHE_SPACE": "1"}
+SETTINGS = {
+    "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "LMCACHE_TRACK_USAGE": "false",
+}
 CONNECTORS: dict[str, dict[str, object]] = {
     "plain": {},
     "kvd": {
@@ -72,16 +98,25 @@ CONNECTORS: dict[str, dict[str, object]] = {
         "kv_connector_module_path": "kvd.client.connectors.vllm",
     },
     "example": {"kv_connector": "ExampleConnector"},
+    "lmcache": {"kv_connector": "LMCacheMPConnector"},
 }
+# With hybrid groups vLLM imports LMCache, and with it llvmlite, before the worker is there, which
+# then fails when it goes through all modules. This model has one group either way.
+ARGUMENTS: dict[str, dict[str, object]] = {"lmcache": {"disable_hybrid_kv_cache_manager": True}}
+# Those that say themselves how many tokens they stored and loaded.
+COUNTING = ("kvd", "lmcache")
 
 Times = dict[tuple[str, int], list[float]]
 
 
 def main() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        _run_in_environment()
     parser = arguments(__doc__ or "")
+    parser.add_argument("--lmcache", metavar="PYTHON", help="of an environment with LMCache")
     args = parser.parse_args()
+    if args.lmcache:
+        _run_with(Path(args.lmcache).absolute())
+    elif importlib.util.find_spec("vllm") is None:
+        _run_with(ENVIRONMENT)
     console = console_for(args.json)
     lengths = LENGTHS_QUICK if args.quick else LENGTHS
     rounds = ROUNDS_QUICK if args.quick else ROUNDS
@@ -106,14 +141,16 @@ def main() -> None:
     write_json(args.json, "vllm_ttft", figures, rows)
 
 
-def _run_in_environment() -> None:
-    if not ENVIRONMENT.exists():
+def _run_with(python: Path) -> None:
+    """Start again with `python`, unless this is it."""
+    if not python.exists():
         raise SystemExit(f"vLLM is not installed here: `make test-vllm` makes {ENVIRONMENT}")
-    os.execv(ENVIRONMENT, [str(ENVIRONMENT), *sys.argv])
+    if python != Path(sys.executable):
+        os.execv(python, [str(python), *sys.argv])
 
 
 class Bench:
-    """A daemon and three engines that are there while `stack` is open."""
+    """A daemon, LMCache's server, and engines that are there while `stack` is open."""
 
     def __init__(self, stack: ExitStack) -> None:
         from tests.vllm.harness import Engine
@@ -121,20 +158,17 @@ class Bench:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvd-bench-")))
         daemon = stack.enter_context(running_daemon(cpu_size=CPU_SIZE))
         self._client = stack.enter_context(kvd.connect(daemon.socket))
-        extra = {
+        extra: dict[str, dict[str, object]] = {
+            "plain": {},
             "kvd": {"socket": daemon.socket},
             "example": {"shared_storage_path": str(folder / "example")},
         }
+        if importlib.util.find_spec("lmcache"):
+            self._lmcache = stack.enter_context(running_lmcache(folder / "lmcache-server.log"))
+            extra["lmcache"] = {"lmcache.mp.port": self._lmcache.port}
         self._seeds = count(1)
         self._engines: dict[str, Engine] = {}
-        for name, connector in CONNECTORS.items():
-            options: dict[str, object] = {}
-            if connector:
-                options["kv_transfer_config"] = {
-                    **connector,
-                    "kv_role": "kv_both",
-                    "kv_connector_extra_config": extra[name],
-                }
+        for name, options in extra.items():
             engine = Engine(
                 folder,
                 "smollm2",
@@ -143,7 +177,7 @@ class Bench:
                 dtype="bfloat16",
                 max_model_len=8192,
                 block_size=BLOCK_SIZE,
-                **options,
+                **_arguments_of(name, options),
             )
             self._engines[name] = stack.enter_context(engine)
 
@@ -151,16 +185,18 @@ class Bench:
         """One prompt of `length` tokens: computed and found again by each engine."""
         seed = next(self._seeds)
         for name in in_turn(list(self._engines), number):
-            stored = self._num_stored()
+            stored = self._stored_tokens(name)
             times[f"{name} computed", length].append(self._ttft(name, seed, length))
-            if name == "kvd":
-                self._wait_for(stored + length // CHUNK_TOKENS)
+            if not self._reaches(self._stored_tokens, name, stored + length, STORE_S_MAX):
+                raise SystemExit(f"{name}: after {STORE_S_MAX} s a prompt is not stored")
             if name != "plain":
+                # A connector may hold blocks until the engine makes another step.
+                self._engines[name].settle()
                 self._engines[name].forget()
-            loaded = self._loaded_tokens()
+            loaded = self._loaded_tokens(name)
             times[f"{name} hit", length].append(self._ttft(name, seed, length))
-            if name == "kvd" and self._loaded_tokens() - loaded != length:
-                raise SystemExit("a prompt that was stored was not loaded: nothing to measure")
+            if not self._reaches(self._loaded_tokens, name, loaded + length, COUNT_S_MAX):
+                raise SystemExit(f"{name}: a prompt that was stored was not loaded")
         times["copy", length].append(seconds_to_copy(length * TOKEN_SIZE))
 
     def measure_misses(self, number: int, times: Times) -> None:
@@ -184,20 +220,80 @@ class Bench:
         assert answer.ttft_s is not None
         return answer.ttft_s
 
-    def _num_stored(self) -> int:
-        return self._client.status().counters["commit_chunks"]
+    def _stored_tokens(self, name: str) -> int:
+        if name == "kvd":
+            return self._client.status().counters["commit_chunks"] * CHUNK_TOKENS
+        return self._lmcache.tokens("Stored") if name == "lmcache" else 0
 
-    def _wait_for(self, num_stored: int) -> None:
-        """Saves go on after the first token is there."""
-        give_up = time.monotonic() + STORE_S_MAX
-        while self._num_stored() < num_stored:
+    def _loaded_tokens(self, name: str) -> int:
+        if name == "kvd":
+            found = self._engines["kvd"].metrics("kvd_vllm_hit_tokens_total")
+            return int(sum(found.values()))
+        return self._lmcache.tokens("Retrieved") if name == "lmcache" else 0
+
+    def _reaches(
+        self, count_of: Callable[[str], int], name: str, wanted: int, seconds: float
+    ) -> bool:
+        """Whether what is counted is `wanted` within so many seconds; saves go on after the first
+        token is there. Those who do not count are believed.
+        """
+        give_up = time.monotonic() + seconds
+        while name in COUNTING and count_of(name) < wanted:
             if time.monotonic() > give_up:
-                raise SystemExit(f"after {STORE_S_MAX} s a prompt is not stored")
+                return False
             time.sleep(0.005)
+        return True
 
-    def _loaded_tokens(self) -> float:
-        found = self._engines["kvd"].metrics("kvd_vllm_hit_tokens_total")
-        return sum(found.values())
+
+def _arguments_of(name: str, options: dict[str, object]) -> dict[str, object]:
+    if name == "plain":
+        return {}
+    transfer = {**CONNECTORS[name], "kv_role": "kv_both", "kv_connector_extra_config": options}
+    return {"kv_transfer_config": transfer, **ARGUMENTS.get(name, {})}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LmcacheServer:
+    """LMCache's server, that engines reach at `port`."""
+
+    port: int
+    log: Path
+
+    def tokens(self, done: str) -> int:
+        """How many tokens it has `Stored`, or `Retrieved`: it says so in its log."""
+        found = re.findall(rf"{done} (\d+) tokens", self.log.read_text(errors="replace"))
+        return sum(map(int, found))
+
+
+@contextmanager
+def running_lmcache(log: Path) -> Iterator[LmcacheServer]:
+    """As LMCache's own tests run it on a CPU: the engine copies, into shared memory."""
+    port, http_port = _free_port(), _free_port()
+    command = [
+        *("env", "PYTHONHASHSEED=0", "LMCACHE_TRACK_USAGE=false"),
+        *(sys.executable, "-m", "lmcache.cli.main", "server"),
+        *("--port", str(port), "--http-port", str(http_port)),
+        *("--l1-size-gb", str(CPU_SIZE >> 30), "--eviction-policy", "LRU"),
+        *("--chunk-size", str(CHUNK_TOKENS)),
+        *("--supported-transfer-mode", "engine_driven", "--shm-name", f"kvd_{os.getpid()}"),
+    ]
+    with running(command, log, lambda: _is_healthy(http_port)):
+        yield LmcacheServer(port=port, log=log)
+
+
+def _free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _is_healthy(http_port: int) -> bool:
+    try:
+        with urlopen(f"http://localhost:{http_port}/healthcheck", timeout=1) as answer:
+            status: int = answer.status
+            return status == 200
+    except (URLError, OSError):
+        return False
 
 
 def _prompt(seed: int, length: int) -> list[int]:
@@ -254,7 +350,16 @@ def figures_of(times: Times) -> list[Figure]:
             target=1,
             at_least=True,
         ),
+        _against_lmcache(times),
     ]
+
+
+def _against_lmcache(times: Times) -> Figure:
+    name, target = "ttft_hit_vs_lmcache", 1
+    if ("lmcache hit", 2048) not in times:
+        return Figure.missing(name, "LMCache is not installed", target=target, at_least=True)
+    ratio = ratio_of(times["lmcache hit", 2048], times["kvd hit", 2048])
+    return Figure.of(name, ratio, target=target, at_least=True)
 
 
 if __name__ == "__main__":
