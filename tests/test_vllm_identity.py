@@ -150,6 +150,22 @@ def test_a_processors_files_are_part_of_what_an_image_is(tmp_path: Path) -> None
     assert found(Options(revision="a")) == named
 
 
+def test_scales_of_an_image_are_those_of_a_file_or_of_nobody_else(tmp_path: Path) -> None:
+    def change(config: Any, caches: Any) -> None:
+        put_images("model_config.multimodal_config.mm_encoder_attn_dtype", "fp8")(config, caches)
+        images = config.model_config.multimodal_config
+        images.mm_encoder_fp8_scale_path = str(file) if file.exists() else None
+
+    file = tmp_path / "scales.json"
+    with pytest.raises(Unsupported, match="fp8"):
+        engine(change)
+    file.write_text('{"layer 0": 1.0}')
+    before = fingerprints(engine(change))
+    assert fingerprints(engine(change)) == before
+    file.write_text('{"layer 0": 2.0}')
+    assert not set(fingerprints(engine(change))) & set(before)
+
+
 def test_an_engine_that_numbers_its_images_is_refused() -> None:
     def change(config: Any, caches: Any) -> None:
         put_images("model_config.multimodal_config.mm_processor_cache_gb", 0.0)(config, caches)

@@ -302,6 +302,9 @@ def _check_images_are_known(multimodal: Any, cache: Any) -> None:
         raise Unsupported(
             "images have numbers in place of hashes: give mm_processor_cache_gb or prefix caching"
         )
+    is_fp8 = getattr(multimodal, "mm_encoder_attn_dtype", None) == "fp8"
+    if is_fp8 and getattr(multimodal, "mm_encoder_fp8_scale_path", None) is None:
+        raise Unsupported("mm_encoder_attn_dtype fp8: each process finds scales of its own")
 
 
 def _images(model: Any, multimodal: Any, options: Options) -> dict[str, Any]:
@@ -313,6 +316,8 @@ def _images(model: Any, multimodal: Any, options: Options) -> dict[str, Any]:
     }
     place = None if options.revision else _place(model)
     files = [] if place is None else sorted(place.glob("*processor*.json"))
+    if scales := getattr(multimodal, "mm_encoder_fp8_scale_path", None):
+        files.append(Path(scales))
     return {
         "config": _told(model.hf_config),
         "options": json.loads(json.dumps(chosen, default=str)),
