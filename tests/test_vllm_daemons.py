@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvd.client.connectors import late_client, vllm_finder, vllm_names
+from kvd.client.connectors import late_answers, late_client, vllm_finder, vllm_names
 from tests.conftest import DaemonProcess
 from tests.vllm_bench import FULL, HYBRID, Bench, is_known, prompt, settle, step_until, until
 from tests.vllm_daemon import SPACE
@@ -69,7 +69,7 @@ def test_what_a_stopped_daemon_grants_later_is_given_back(stopped: DaemonProcess
         assert engine.num_loaded == 0
         stopped.process.send_signal(signal.SIGCONT)
         # The late answer is read with the next one.
-        time.sleep(vllm_finder.REST_S)
+        time.sleep(late_answers.REST_S)
         engine.run(prompt(40, 2))
         until(lambda: not bench.status().num_pinned)
 

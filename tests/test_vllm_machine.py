@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from kvd.client import client as client_module
 from kvd.client.connectors import (
+    late_answers,
     late_client,
     vllm_finder,
     vllm_loads,
@@ -43,7 +44,7 @@ def _quick_rests() -> Iterator[None]:
         patch.setattr(vllm_scheduler, "INLINE_S", 0.002)
         patch.setattr(vllm_saves, "SAVE_WAIT_S", 0.002)
         patch.setattr(vllm_loads, "IDLE_WAIT_S", 0.002)
-        patch.setattr(vllm_finder, "REST_S", 0.01)
+        patch.setattr(late_answers, "REST_S", 0.01)
         patch.setattr(vllm_finder, "MISS_S", 0.01)
         patch.setattr(late_client, "RETRY_EVERY_S", 0.01)
         patch.setattr(client_module, "RETRY_EVERY_S", 0.01)

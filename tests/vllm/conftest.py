@@ -28,8 +28,12 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore_glob = [] if HAS_VLLM else ["test_*.py"]
 
 # What of these files cannot even be imported otherwise.
+_TIERS = {"since": "0.29", "why": "an older one does not tell its tiers how KV lies in a row"}
 FILES = {
-    "test_offloading.py": {"since": "0.32", "why": "kvd's tier has the methods of that version"},
+    "test_offloading_engine.py": _TIERS,
+    "test_offloading_faults.py": _TIERS,
+    "test_offloading_identity.py": _TIERS,
+    "test_offloading_tier.py": _TIERS,
 }
 
 

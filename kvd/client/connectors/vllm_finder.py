@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from kvd.client.client import split_parts
+from kvd.client.connectors.late_answers import Rest
 from kvd.client.connectors.late_client import LateClient
 from kvd.client.connectors.vllm_identity import Engine, Group
 from kvd.client.connectors.vllm_options import Options
@@ -27,9 +28,6 @@ log = logging.getLogger("kvd.vllm")
 
 # The answer usually comes within this: less than another step of the engine takes.
 INLINE_S = 0.005
-
-# After an answer that came too late nobody asks for this long.
-REST_S = 1.0
 
 # How many ends of a hit are asked for at once where groups with a window lack their part of the
 # longest: most often that is there, and if not, some shorter one may be much shorter.
@@ -122,7 +120,7 @@ class Finder:
         self._engine = engine
         self._options = options
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvd-find")
-        self._rest_until = 0.0
+        self._rest = Rest()
 
     def ask(self, names: Sequence[bytes], tails: Tails) -> Question:
         """Ask for a prompt: `names` of its whole chunks, and `tails`, the shorter pieces that may
@@ -146,16 +144,13 @@ class Finder:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _find(self, names: Sequence[bytes], tails: Tails, give_up: float) -> Found:
-        if time.monotonic() < self._rest_until:
-            return Found(reason="slow", detail="it was slow a moment ago")
         found = Found()
         try:
-            self._pin_all(found, names, tails, give_up)
+            with self._rest.asking():
+                self._pin_all(found, names, tails, give_up)
         except KvdError as error:
             found.release()
             is_slow = isinstance(error, DeadlineExceeded)
-            if is_slow:
-                self._rest_until = time.monotonic() + REST_S
             return Found(reason="slow" if is_slow else "unavailable", detail=str(error))
         except Exception as error:
             # Whatever it is, it must not reach the engine, which is the one that waits for this.
