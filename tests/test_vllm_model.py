@@ -647,3 +647,31 @@ def test_nothing_is_found_once_the_weights_have_changed(socket: Path) -> None:
         bench.engines.remove(engine)
         engine.close()
         assert bench.clear() == 20
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30])
+@pytest.mark.parametrize("loads_in_step", [False, True])
+def test_what_was_begun_with_other_weights_is_not_stored(
+    socket: Path, loads_in_step: bool, max_tokens: int
+) -> None:
+    with Bench(socket) as bench:
+        bench.store(prompt(24))
+        engine = bench.engine(loads_in_step=loads_in_step)
+        request = engine.add(prompt(41), max_tokens=max_tokens)
+        until(partial(is_known, engine, request))
+        step_until(engine, lambda: request.num_computed_tokens >= 41)
+        settle(engine)
+        with bench.connect() as client:
+            before = client.status().num_chunks
+            engine.scheduler.forget_everything(b"other weights")
+            engine.finish_all()
+            engine.step()
+            settle(engine)
+            assert client.status().num_chunks == before
+            # One that begins with them is.
+            engine.run(prompt(24))
+            settle(engine)
+            assert client.status().num_chunks == before + 3
+        bench.engines.remove(engine)
+        engine.close()
+        bench.clear()

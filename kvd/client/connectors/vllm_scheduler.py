@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from kvd.client.connectors.vllm_events import EventBook, Stored
@@ -215,11 +215,16 @@ class SchedulerSide:
             self._forget_answer(tracked)
 
     def forget_everything(self, epoch: bytes) -> None:
-        """The engine's weights may be others now: nothing that was stored is found any more."""
+        """The engine's weights may be others now: nothing that was stored is found any more, and
+        what requests have begun is not stored.
+        """
         self._names.begin_anew(epoch)
-        for tracked in self._requests.values():
+        self._at_risk.clear()
+        for name, tracked in self._requests.items():
             tracked.names.clear()
             self._forget_answer(tracked)
+            if name in self._admitted:
+                tracked.options = replace(tracked.options, store=False)
 
     def close(self) -> None:
         """Let all pins go."""
