@@ -326,6 +326,22 @@ def test_a_step_whose_load_fails_stores_nothing(socket: Path) -> None:
             assert len(client.list_chunks(layout=layout.fingerprint, limit=100).chunks) == 3
 
 
+@pytest.mark.parametrize("is_good", [False, True])
+def test_steps_load_no_more_where_it_fails_again_and_again(socket: Path, is_good: bool) -> None:
+    with Bench(socket) as bench:
+        bench.store(prompt(40))
+        engine = bench.engine(loads_in_step=True)
+        for number in range(4):
+            # One that goes well in between makes it mere bad luck.
+            bench.gate.gone = () if is_good and number == 2 else range(KEYS_MAX)
+            known(engine, prompt(41))
+            engine.step()
+            assert engine.num_loaded_in_step == number + 1 - (number == 3 and not is_good)
+            bench.gate.open()
+            engine.finish_all()
+        assert engine.num_failed == 4 - is_good
+
+
 def test_a_daemon_that_is_silent_holds_a_step_up_for_a_moment(
     daemon: DaemonInThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:

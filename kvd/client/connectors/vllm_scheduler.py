@@ -33,6 +33,10 @@ log = logging.getLogger("kvd.vllm")
 # Bytes that a rank loads within a step, at most: who comes meanwhile waits for them.
 STEP_SIZE_MAX = 256 << 20
 
+# So many loads within steps that fail one after the other are the last: an engine that does not
+# stop at its layers would compute every such prompt twice.
+STEP_FAILURES_MAX = 3
+
 Blocks = tuple[list[int], ...]
 
 
@@ -96,6 +100,7 @@ class SchedulerSide:
         # Requests that have blocks, and those of a step that loads.
         self._admitted: set[str] = set()
         self._at_risk: list[_AtRisk] = []
+        self._num_failed_in_step = 0
 
     def allow_in_step(self, evict: Callable[[set[int]], None]) -> None:
         """Loads may be part of a step, if one that has failed can be taken back: bad blocks can be
@@ -195,9 +200,15 @@ class SchedulerSide:
         one of those, or finds what was computed there.
         """
         self.loaded(ended, (), bad_blocks)
+        if not bad_blocks:
+            self._num_failed_in_step = 0
         if not bad_blocks or self._evict is None:
             return
-        at_risk, self._at_risk = self._at_risk, []
+        evict, at_risk, self._at_risk = self._evict, self._at_risk, []
+        self._num_failed_in_step += 1
+        if self._num_failed_in_step >= STEP_FAILURES_MAX:
+            log.warning("event=layer_by_layer_off reason='%d failed'", STEP_FAILURES_MAX)
+            self._evict = None
         for tracked, blocks, _, _ in at_risk:
             first = next((at for at, block in enumerate(blocks) if block in bad_blocks), None)
             if first is not None:
@@ -205,7 +216,7 @@ class SchedulerSide:
                 good = first * self._engine.block_size
                 request = tracked.request
                 request.num_computed_tokens = min(request.num_computed_tokens, good)
-                self._evict(set(blocks[first:]))
+                evict(set(blocks[first:]))
 
     def finished(self, request: Any) -> None:
         """The engine forgets the request; a load under way goes on."""
