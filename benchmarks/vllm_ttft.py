@@ -49,9 +49,14 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.vllm_python import run_with_vllm
+
+if __name__ == "__main__":
+    run_with_vllm()
+
+import numpy as np
 
 import kvd
 from benchmarks.common import (
@@ -71,8 +76,6 @@ from benchmarks.common import (
     significant,
     write_json,
 )
-
-ENVIRONMENT = Path(__file__).resolve().parents[1] / ".venv-vllm" / "bin" / "python"
 
 LENGTHS, LENGTHS_QUICK = (512, 1024, 2048, 4096), (512, 2048)
 ROUNDS, ROUNDS_QUICK = 9, 3
@@ -129,10 +132,6 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--lmcache", metavar="PYTHON", help="of an environment with LMCache")
     args = parser.parse_args()
-    if args.lmcache:
-        _run_with(Path(args.lmcache).absolute())
-    elif importlib.util.find_spec("vllm") is None:
-        _run_with(ENVIRONMENT)
     console = console_for(args.json)
     lengths = LENGTHS_QUICK if args.quick else LENGTHS
     rounds = ROUNDS_QUICK if args.quick else ROUNDS
@@ -156,14 +155,6 @@ def main() -> None:
     print_figures(console, figures)
     console.print(f"{time.monotonic() - started:.0f} s, load {os.getloadavg()[0]:.1f}")
     write_json(args.json, "vllm_ttft", figures, rows)
-
-
-def _run_with(python: Path) -> None:
-    """Start again with `python`, unless this is it."""
-    if not python.exists():
-        raise SystemExit(f"vLLM is not installed here: `make test-vllm` makes {ENVIRONMENT}")
-    if python != Path(sys.executable):
-        os.execv(python, [str(python), *sys.argv])
 
 
 class Bench:
